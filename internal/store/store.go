@@ -1,0 +1,119 @@
+// Package store is the only room that knows Postgres. SQL stands beside the
+// function that runs it; above this door nobody sees a row, a column or a
+// pgx type. What an agent may do is a function of the database (migration
+// 20261124000004); what the dispatcher does is written out here.
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"lorayard/internal/job"
+)
+
+// Store is a pool of connections to the app's database.
+type Store struct {
+	pool *pgxpool.Pool
+	// session opens connections of their own for LISTEN and advisory locks,
+	// which do not survive a transaction pooler.
+	session *pgx.ConnConfig
+}
+
+// Options say who is connecting and how much of the database it may take.
+type Options struct {
+	Name     string // application_name
+	MaxConns int32  // 0 means 8
+	// Session is the URL for LISTEN and locks when URL is a transaction
+	// pooler; empty means the same URL.
+	Session string
+}
+
+// Open connects and proves that the database answers.
+func Open(ctx context.Context, rawURL string, o Options) (*Store, error) {
+	cfg, err := pgxpool.ParseConfig(rawURL)
+	if err != nil {
+		return nil, fmt.Errorf("parse database URL: %w", hideURL(err))
+	}
+	cfg.MaxConns = o.MaxConns
+	if cfg.MaxConns == 0 {
+		cfg.MaxConns = 8
+	}
+	cfg.MaxConnLifetime = 30 * time.Minute
+	cfg.MaxConnLifetimeJitter = 5 * time.Minute
+	cfg.MaxConnIdleTime = 5 * time.Minute
+	configure(cfg.ConnConfig, o.Name)
+
+	session := cfg.ConnConfig.Copy()
+	if o.Session != "" {
+		if session, err = pgx.ParseConfig(o.Session); err != nil {
+			return nil, fmt.Errorf("parse session database URL: %w", hideURL(err))
+		}
+		configure(session, o.Name)
+	}
+	pool, err := pgxpool.NewWithConfig(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("open database pool: %w", err)
+	}
+	s := &Store{pool: pool, session: session}
+	if err := s.Ping(ctx); err != nil {
+		pool.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func configure(c *pgx.ConnConfig, name string) {
+	c.RuntimeParams["application_name"] = name
+	c.RuntimeParams["statement_timeout"] = "15000"
+	c.RuntimeParams["timezone"] = "UTC"
+	if c.ConnectTimeout == 0 {
+		c.ConnectTimeout = 5 * time.Second
+	}
+	// Behind a transaction pooler three of four prepared statements fail.
+	if c.Port == 6543 || strings.Contains(c.Host, "pooler") {
+		c.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	}
+}
+
+// hideURL keeps the password of a URL that does not parse out of the message.
+func hideURL(err error) error {
+	if u, ok := errors.AsType[*url.Error](err); ok {
+		return u.Err
+	}
+	return errors.New("it is not of the form postgres://user:password@host:port/database")
+}
+
+// Close closes every connection.
+func (s *Store) Close() { s.pool.Close() }
+
+// Ping asks the database for a sign of life.
+func (s *Store) Ping(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if err := s.pool.Ping(ctx); err != nil {
+		return fmt.Errorf("reach the database: %w", err)
+	}
+	return nil
+}
+
+// ErrReplaced says that another process registered this agent's id.
+var ErrReplaced = errors.New("another process registered this agent id")
+
+// IsData reports whether err is about values (classes 22 and 23): trying the
+// same again cannot help.
+func IsData(err error) bool {
+	pg, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (strings.HasPrefix(pg.Code, "22") || strings.HasPrefix(pg.Code, "23"))
+}
+
+func stale(ref job.Ref) error {
+	return &job.Failure{Kind: job.LeaseLost, Err: fmt.Errorf("%s is not ours to write", ref)}
+}

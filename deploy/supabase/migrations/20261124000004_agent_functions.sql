@@ -295,7 +295,7 @@ BEGIN
       validation_loss text, learning_rate text, grad_norm text, tokens_per_second text, skipped boolean)
     ON CONFLICT DO NOTHING RETURNING *
   ), steps AS ( -- one row per step: an evaluation joins the sample of its step
-    SELECT f.step, max(f.seq) AS seq, max(f.at) AS at, max(f.epoch) AS epoch, max(f.validation_loss) AS validation_loss
+    SELECT f.step, coalesce(max(f.seq) FILTER (WHERE f.validation_loss IS NULL), max(f.seq)) AS seq, max(f.at) AS at, max(f.epoch) AS epoch, max(f.validation_loss) AS validation_loss
     FROM fresh f WHERE NOT f.skipped AND f.loss NOT IN ('NaN'::float8, 'Infinity'::float8, '-Infinity'::float8) AND f.step >= 1
     GROUP BY f.step
   )

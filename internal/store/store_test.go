@@ -1,0 +1,527 @@
+package store_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"lorayard/deploy"
+	"lorayard/internal/job"
+	"lorayard/internal/store"
+	"lorayard/internal/storetest"
+)
+
+func TestMain(m *testing.M) { storetest.Main(m) }
+
+const ttl = 5 * time.Second
+
+// nonces for tests are UUIDs that a reader can tell apart.
+func nonce(n int) string { return fmt.Sprintf("00000000-0000-4000-8000-%012d", n) }
+
+func agent(id string, boot int) store.Agent {
+	return store.Agent{ID: id, Boot: nonce(boot), BaseModels: []string{"m"}, Devices: []store.Device{
+		{UUID: "GPU-" + id + "-0", Class: "A100-80GB", Name: "pretend", MemoryBytes: 80 << 30, Pretend: true},
+		{UUID: "GPU-" + id + "-1", Index: 1, Class: "A100-80GB", Name: "pretend", MemoryBytes: 80 << 30, Pretend: true},
+	}}
+}
+
+// admitted inserts a job as the app does, admits it and registers agent a.
+func admitted(t *testing.T, db *storetest.DB, a store.Agent) (id job.ID, user string) {
+	t.Helper()
+	user = db.User()
+	id = job.ID(db.Job(user, db.Dataset(user)))
+	admit(t, db, id)
+	if err := db.Store.Register(t.Context(), a, ttl); err != nil {
+		t.Fatal(err)
+	}
+	return id, user
+}
+
+func admit(t *testing.T, db *storetest.DB, id job.ID) {
+	t.Helper()
+	spec, err := job.ParseSpec("balanced", []byte(storetest.Hyperparameters), []byte(storetest.GPUConfig), job.Policy{BaseModels: []string{"m"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Store.Admit(t.Context(), id, spec, []byte(storetest.Hyperparameters), []byte(storetest.GPUConfig)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func assign(t *testing.T, db *storetest.DB, id job.ID, before int, a store.Agent) job.Ref {
+	t.Helper()
+	sends, err := db.Store.Assign(t.Context(), []store.Assignment{{Job: id, Attempt: before, Agent: a.ID, Devices: []string{a.Devices[0].UUID}}})
+	if err != nil || len(sends) != 1 {
+		t.Fatalf("assign: %+v, %v", sends, err)
+	}
+	return sends[0].Task.Ref
+}
+
+func accept(t *testing.T, db *storetest.DB, a store.Agent, ref job.Ref) job.Assignment {
+	t.Helper()
+	as, err := db.Store.Accept(t.Context(), a, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return as
+}
+
+func lost(err error) bool { return err != nil && job.KindOf(err) == job.LeaseLost }
+
+func TestMigratingTwiceChangesNothing(t *testing.T) {
+	db := storetest.New(t)
+	ms, err := store.Migrations(deploy.Migrations)
+	if err != nil {
+		t.Fatal(err)
+	}
+	applied, err := db.Store.Migrate(t.Context(), ms, deploy.StandIns)
+	if err != nil || len(applied) != 0 {
+		t.Errorf("applied again: %v, %v", applied, err)
+	}
+	db.Exec(`DELETE FROM supabase_migrations.schema_migrations`) // as if pushed by hand before
+	if applied, err = db.Store.Migrate(t.Context(), ms, deploy.StandIns); err != nil || len(applied) != len(ms) {
+		t.Errorf("a second run over the same schema: %v, %v", applied, err)
+	}
+	if err := db.Store.CheckSchema(t.Context(), ms); err != nil {
+		t.Error(err)
+	}
+	db.Exec(`ALTER TABLE public.cost_records DISABLE ROW LEVEL SECURITY`)
+	if err := db.Store.CheckSchema(t.Context(), ms); err == nil || !strings.Contains(err.Error(), "cost_records") {
+		t.Errorf("an open table passed: %v", err)
+	}
+}
+
+func TestMigrateRefusesADatabaseThatIsNotSupabase(t *testing.T) {
+	db := storetest.New(t)
+	db.Exec(`DROP SCHEMA auth CASCADE`)
+	ms, _ := store.Migrations(deploy.Migrations)
+	if _, err := db.Store.Migrate(t.Context(), ms, ""); err == nil || !strings.Contains(err.Error(), "--stand-ins") {
+		t.Errorf("err = %v", err)
+	}
+}
+
+func TestAJobFromRowToArtifact(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, user := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	as := accept(t, db, a, ref)
+	if as.User != user || as.Spec.Rank != 16 || as.Dataset.Bucket != "lora-datasets" || len(as.Devices) != 1 {
+		t.Fatalf("assignment = %+v", as)
+	}
+	if got := db.Text(`SELECT status FROM training_jobs WHERE id = $1`, id); got != "initializing" {
+		t.Errorf("status = %s", got)
+	}
+	two := 2.5
+	samples := []job.Sample{
+		{Seq: 1, At: time.Now(), Step: 1, Epoch: 0.1, Loss: 3.25, LearningRate: 5e-5, GradNorm: 12_000, TokensPerSecond: 100},
+		{Seq: 2, At: time.Now(), Step: 2, Epoch: 0.2, Loss: 1e5, LearningRate: 2e-11, GradNorm: math.NaN(), TokensPerSecond: 1e12},
+		{Seq: 3, At: time.Now(), Step: 3, Epoch: 0.3, Loss: math.NaN(), LearningRate: 5e-5, GradNorm: math.Inf(1), Skipped: true},
+		{Seq: 4, At: time.Now(), Step: 2, Epoch: 1.2, Loss: 3, ValidationLoss: &two, LearningRate: 5e-5, GradNorm: math.NaN(), TokensPerSecond: math.NaN()},
+	}
+	lines := []job.Line{{Seq: 5, At: time.Now(), Level: "info", Message: "nul \x00 and bad utf-8 \xff", Code: "x"}}
+	p := &job.Progress{Status: job.Running, Stage: job.StageTraining, Step: 3, TotalSteps: 30, Epoch: 1, TotalEpochs: 3, Percent: 10, Loss: &two, Remaining: time.Minute}
+	for range 2 { // a lost acknowledgement: the same batch again
+		if err := db.Store.Append(t.Context(), ref, samples, lines, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for sql, want := range map[string]string{
+		`SELECT count(*) FROM lorayard.samples`: "4",
+		`SELECT string_agg(step || ':' || training_loss || ':' || coalesce(gradient_norm::text, '-'), ' ' ORDER BY step) FROM metrics_points`: "1:3.250000:9999.999999 2:9999.999999:-",
+		`SELECT validation_loss FROM metrics_points WHERE step = 2`:                                                                           "2.500000",
+		`SELECT count(*) FROM job_logs`: "1",
+		`SELECT status || ' ' || current_stage || ' ' || progress || ' ' || current_step || '/' || total_steps FROM training_jobs`: "running training 10.00 3/30",
+		`SELECT estimated_completion_at > now() FROM training_jobs`:                                                                "t",
+	} {
+		if got := db.Text(sql); got != want {
+			t.Errorf("%s = %s, want %s", sql, got, want)
+		}
+	}
+	wanted, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{ref})
+	if err != nil || wanted[ref] != job.DesireRun {
+		t.Fatalf("renew: %v, %v", wanted, err)
+	}
+	cp := job.Checkpoint{Step: 3, Epoch: 0.3, Loss: math.NaN(), Bucket: "lora-models", Path: user + "/x", ManifestSHA256: "ab", Files: []job.File{{Name: "state.json", Bytes: 7, SHA256: "cd"}}}
+	if err := db.Store.AddCheckpoint(t.Context(), ref, cp); err != nil {
+		t.Fatal(err)
+	}
+	end := store.End{Outcome: store.OutcomeCompleted, Artifact: &store.Artifact{
+		ID: nonce(77), Files: map[string]string{"adapter_config.json": user + "/" + nonce(77) + "/adapter_config.json"},
+		QualityMetrics: map[string]any{"overall_score": 4}, TrainingSummary: map[string]any{"total_steps": 30}, Metrics: map[string]any{},
+	}}
+	for range 2 { // asking again after a lost answer
+		if status, err := db.Store.Settle(t.Context(), ref, end); err != nil || status != job.Completed {
+			t.Fatalf("settle: %s, %v", status, err)
+		}
+	}
+	if got := db.Text(`SELECT string_agg(type, ',' ORDER BY type) FROM notifications`); got != "artifact_ready,job_completed,job_started" {
+		t.Errorf("notifications = %s", got)
+	}
+	if got := db.Text(`SELECT (training_summary ? 'total_cost') AND (configuration -> 'hyperparameters' ? 'rank') FROM model_artifacts`); got != "t" {
+		t.Error("the artifact lacks what the model page reads")
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestAStaleAttemptChangesNothing(t *testing.T) {
+	db := storetest.New(t)
+	a, b := agent("a", 1), agent("b", 2)
+	id, user := admitted(t, db, a)
+	if err := db.Store.Register(t.Context(), b, ttl); err != nil {
+		t.Fatal(err)
+	}
+	old := assign(t, db, id, 0, a)
+	old.Nonce = nonce(11)
+	accept(t, db, a, old)
+
+	twin := old // the same task delivered twice to the same agent
+	twin.Nonce = nonce(12)
+	if _, err := db.Store.Accept(t.Context(), a, twin); !lost(err) {
+		t.Errorf("a second accept of one attempt: %v", err)
+	}
+	if err := db.Store.Append(t.Context(), twin, nil, []job.Line{{Seq: 1, Level: "info", Message: "x"}}, nil); !lost(err) {
+		t.Errorf("another nonce wrote: %v", err)
+	}
+
+	db.Exec(`UPDATE lorayard.agents SET lease_until = now() - interval '1 minute' WHERE id = 'a'`)
+	if refs, err := db.Store.Reap(t.Context(), time.Hour); err != nil || len(refs) != 0 {
+		t.Errorf("reaped within patience: %v, %v", refs, err)
+	}
+	if refs, err := db.Store.Reap(t.Context(), 0); err != nil || len(refs) != 1 {
+		t.Fatalf("reap: %v, %v", refs, err)
+	}
+	now := assign(t, db, id, 1, b)
+	now.Nonce = nonce(13)
+	accept(t, db, b, now)
+	if now.Attempt != 2 {
+		t.Errorf("attempt = %d", now.Attempt)
+	}
+	art := &store.Artifact{ID: nonce(70), Files: map[string]string{}, QualityMetrics: map[string]any{}, TrainingSummary: map[string]any{}}
+	for name, err := range map[string]error{
+		"append":     db.Store.Append(t.Context(), old, []job.Sample{{Seq: 9, Step: 9, Loss: 1}}, nil, nil),
+		"checkpoint": db.Store.AddCheckpoint(t.Context(), old, job.Checkpoint{Step: 1, Path: user + "/y", Files: []job.File{}}),
+		"settle": func() error {
+			_, err := db.Store.Settle(t.Context(), old, store.End{Outcome: store.OutcomeCompleted, Artifact: art})
+			return err
+		}(),
+	} {
+		if !lost(err) {
+			t.Errorf("%s of a stale attempt: %v", name, err)
+		}
+	}
+	if wanted, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{old}); err != nil || len(wanted) != 0 {
+		t.Errorf("a stale attempt was renewed: %v, %v", wanted, err)
+	}
+	if _, err := db.Store.Settle(t.Context(), now, store.End{Outcome: store.OutcomeCompleted, Artifact: art}); err != nil {
+		t.Fatal(err)
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestANewBootTakesTheOldOnesPlace(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	again := agent("a", 2)
+	if err := db.Store.Register(t.Context(), again, ttl); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{ref}); !errors.Is(err, store.ErrReplaced) {
+		t.Errorf("the old process may renew: %v", err)
+	}
+	w, err := db.Store.Waiting(t.Context(), 10)
+	if err != nil || len(w) != 1 || w[0].Attempt != 1 || w[0].LastHost != "a" {
+		t.Errorf("waiting = %+v, %v", w, err)
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestCancel(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, user := admitted(t, db, a)
+	cancel := func(id job.ID, user string) (rows int64) {
+		err := db.As(user, func(tx pgx.Tx) error { // as the app writes it
+			tag, err := tx.Exec(context.Background(), `UPDATE training_jobs SET status = 'cancelled', completed_at = now(), final_cost = 0 WHERE id = $1`, id)
+			rows = tag.RowsAffected()
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rows
+	}
+	if n := cancel(id, db.User()); n != 0 {
+		t.Error("a stranger cancelled a job")
+	}
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	if n := cancel(id, user); n != 1 {
+		t.Fatalf("%d rows were cancelled", n)
+	}
+	wanted, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{ref})
+	if err != nil || wanted[ref] != job.DesireCancel {
+		t.Errorf("renew: %v, %v", wanted, err)
+	}
+	// The trainer finished before it heard: the cancel still wins.
+	art := &store.Artifact{ID: nonce(70), Files: map[string]string{}, QualityMetrics: map[string]any{}, TrainingSummary: map[string]any{}}
+	if status, err := db.Store.Settle(t.Context(), ref, store.End{Outcome: store.OutcomeCompleted, Artifact: art}); err != nil || status != job.Cancelled {
+		t.Errorf("settle: %s, %v", status, err)
+	}
+	if n := db.Text(`SELECT count(*) FROM model_artifacts`); n != "0" {
+		t.Error("a cancelled job has an artifact")
+	}
+	if n := cancel(id, user); n != 0 {
+		t.Error("a final status changed")
+	}
+
+	waiting := job.ID(db.Job(user, db.Dataset(user)))
+	admit(t, db, waiting)
+	cancel(waiting, user)
+	if refs, err := db.Store.SettleCancelled(t.Context()); err != nil || len(refs) != 1 {
+		t.Errorf("settle cancelled: %v, %v", refs, err)
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestAUserMayCancelAndNothingElse(t *testing.T) {
+	db := storetest.New(t)
+	user := db.User()
+	id := db.Job(user, db.Dataset(user))
+	for _, set := range []string{
+		`status = 'completed'`, `status = 'running'`, `current_cost = 0`, `progress = 100`, `user_id = gen_random_uuid()`, `retry_count = 5`,
+		`status = 'cancelled', progress = 100`,
+	} {
+		err := db.As(user, func(tx pgx.Tx) error {
+			_, err := tx.Exec(context.Background(), `UPDATE training_jobs SET `+set+` WHERE id = $1`, id)
+			return err
+		})
+		if err == nil {
+			t.Errorf("a user may set %s", set)
+		}
+	}
+}
+
+func TestWhatAnInsertClaimsIsNotBelieved(t *testing.T) {
+	db := storetest.New(t)
+	user, other := db.User(), db.User()
+	mine, theirs := db.Dataset(user), db.Dataset(other)
+	insert := func(dataset string) error {
+		return db.As(user, func(tx pgx.Tx) error {
+			_, err := tx.Exec(context.Background(), `INSERT INTO training_jobs (user_id, dataset_id, preset_id, hyperparameters, gpu_config, status, progress,
+				total_epochs, estimated_total_cost, current_cost, final_cost, retry_count, started_at, external_job_id)
+				VALUES ($1, $2, 'fast', '{}', '{}', 'running', 50, -5, 1, -100, -100, 2147483647, now(), 'x')`, user, dataset)
+			return err
+		})
+	}
+	if err := insert(mine); err != nil {
+		t.Fatal(err)
+	}
+	if got := db.Text(`SELECT status || progress || current_cost || coalesce(final_cost::text, '-') || retry_count || coalesce(external_job_id, '-') FROM training_jobs`); got != "queued0.000.00-0-" {
+		t.Errorf("row = %s", got)
+	}
+	if err := insert(theirs); err == nil || !strings.Contains(err.Error(), "not yours") {
+		t.Errorf("a job on another's data set: %v", err)
+	}
+}
+
+func TestNobodyReadsAnothersRows(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, user := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	if err := db.Store.Append(t.Context(), ref, []job.Sample{{Seq: 1, At: time.Now(), Step: 1, Loss: 1}}, []job.Line{{Seq: 2, At: time.Now(), Level: "info", Message: "x"}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Store.AddCheckpoint(t.Context(), ref, job.Checkpoint{Step: 1, Bucket: "b", Path: user + "/x", Files: []job.File{}}); err != nil {
+		t.Fatal(err)
+	}
+	art := &store.Artifact{ID: nonce(70), Files: map[string]string{}, QualityMetrics: map[string]any{}, TrainingSummary: map[string]any{}}
+	if _, err := db.Store.Settle(t.Context(), ref, store.End{Outcome: store.OutcomeCompleted, Artifact: art}); err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range []string{"datasets", "training_jobs", "metrics_points", "model_artifacts", "cost_records", "notifications", "checkpoints", "job_logs"} {
+		for who, want := range map[string]bool{user: true, db.User(): false} {
+			var n int
+			err := db.As(who, func(tx pgx.Tx) error {
+				return tx.QueryRow(context.Background(), `SELECT count(*) FROM `+table).Scan(&n)
+			})
+			if err != nil || (n > 0) != want {
+				t.Errorf("%s: the owner is %t and reads %d rows, %v", table, want, n, err)
+			}
+		}
+	}
+	// Neither control state nor another role's functions are in a user's reach.
+	for _, sql := range []string{`SELECT count(*) FROM lorayard.jobs`, `SELECT lorayard.cost_of(gen_random_uuid())`} {
+		if err := db.As(user, func(tx pgx.Tx) error { _, err := tx.Exec(context.Background(), sql); return err }); err == nil {
+			t.Errorf("a user may run %s", sql)
+		}
+	}
+}
+
+func TestTheAgentsRoleRunsItsFunctionsAndTouchesNoTable(t *testing.T) {
+	db := storetest.New(t)
+	as := func(sql string) error {
+		return pgx.BeginFunc(t.Context(), db.Pool, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(t.Context(), `SET LOCAL ROLE lorayard_agent`); err != nil {
+				return err
+			}
+			_, err := tx.Exec(t.Context(), sql)
+			return err
+		})
+	}
+	if err := as(`SELECT lorayard.register_agent('x', gen_random_uuid(), '{"devices":[],"base_models":[]}', '5 s')`); err != nil {
+		t.Error(err)
+	}
+	for _, sql := range []string{
+		`SELECT count(*) FROM lorayard.jobs`, `SELECT count(*) FROM training_jobs`, `DELETE FROM cost_records`,
+		`SELECT lorayard.finish_job(gen_random_uuid(), 'completed', '', '')`, `SELECT lorayard.lose_attempt(gen_random_uuid(), 1, '')`,
+	} {
+		if err := as(sql); err == nil {
+			t.Errorf("the agent's role may run %s", sql)
+		}
+	}
+}
+
+func TestFailuresAreCountedAndHandBacksAreNot(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	settle := func(before int, kind job.Kind, out store.Outcome) job.Status {
+		ref := assign(t, db, id, before, a)
+		ref.Nonce = nonce(100 + before)
+		accept(t, db, a, ref)
+		status, err := db.Store.Settle(t.Context(), ref, store.End{Outcome: out, Failure: &job.Failure{Kind: kind, Err: errors.New("x")}, Detail: "trace"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return status
+	}
+	for i, c := range []struct {
+		kind job.Kind
+		out  store.Outcome
+		want job.Status
+	}{
+		{job.Preempted, store.OutcomeHandedBack, job.Queued},
+		{job.TrainerCrashed, store.OutcomeFailed, job.Queued},
+		{job.StorageUnavailable, store.OutcomeFailed, job.Queued},
+		{job.TrainerCrashed, store.OutcomeFailed, job.Queued},
+		{job.TrainerCrashed, store.OutcomeFailed, job.Failed},
+	} {
+		if got := settle(i, c.kind, c.out); got != c.want {
+			t.Fatalf("attempt %d (%s): %s, want %s", i+1, c.kind, got, c.want)
+		}
+	}
+	if got := db.Text(`SELECT failures || ' ' || losses FROM lorayard.jobs`); got != "3 1" {
+		t.Errorf("failures and losses = %s", got)
+	}
+	if got := db.Text(`SELECT error_message FROM training_jobs`); got == "" {
+		t.Error("a failed job tells its user nothing")
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestAnUnacceptedAttemptIsSentAgainAndTakenBack(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	sends, err := db.Store.Resend(t.Context(), 0)
+	if err != nil || len(sends) != 1 || sends[0].Task.Send != 2 || sends[0].Task.Ref.Attempt != 1 {
+		t.Fatalf("re-send: %+v, %v", sends, err)
+	}
+	if refs, err := db.Store.TakeBack(t.Context(), time.Hour); err != nil || len(refs) != 0 {
+		t.Errorf("taken back too early: %v, %v", refs, err)
+	}
+	if refs, err := db.Store.TakeBack(t.Context(), 0); err != nil || len(refs) != 1 {
+		t.Fatalf("take back: %v, %v", refs, err)
+	}
+	ref.Nonce = nonce(5)
+	if _, err := db.Store.Accept(t.Context(), a, ref); !lost(err) {
+		t.Errorf("a late accept: %v", err)
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestOneDeviceIsNeverAssignedTwice(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	first, user := admitted(t, db, a)
+	second := job.ID(db.Job(user, db.Dataset(user)))
+	admit(t, db, second)
+	assign(t, db, first, 0, a)
+	sends, err := db.Store.Assign(t.Context(), []store.Assignment{{Job: second, Agent: a.ID, Devices: []string{a.Devices[0].UUID}}})
+	if err != nil || len(sends) != 0 {
+		t.Errorf("assigned twice: %+v, %v", sends, err)
+	}
+	hosts, err := db.Store.Hosts(t.Context())
+	if err != nil || len(hosts) != 1 || !hosts[0].Devices[0].Busy || hosts[0].Devices[1].Busy {
+		t.Errorf("hosts = %+v, %v", hosts, err)
+	}
+}
+
+func TestListenHearsWhatTheAppInserts(t *testing.T) {
+	db := storetest.New(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	heard := make(chan string, 16)
+	done := make(chan error, 1)
+	go func() { done <- db.Store.Listen(ctx, func(p string) { heard <- p }) }()
+	if p := <-heard; p != "" {
+		t.Errorf("the first wake-up is %q", p)
+	}
+	user := db.User()
+	id := db.Job(user, db.Dataset(user))
+	if p := <-heard; p != "job:"+id {
+		t.Errorf("heard %q", p)
+	}
+	cancel()
+	<-done
+}
+
+func TestOneLeaderAtATime(t *testing.T) {
+	db := storetest.New(t)
+	leading, leave := make(chan struct{}), make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		_, err := db.Store.Lead(t.Context(), func(context.Context) error {
+			close(leading)
+			<-leave
+			return nil
+		})
+		done <- err
+	}()
+	<-leading
+	if led, err := db.Store.Lead(t.Context(), func(context.Context) error { return nil }); led || err != nil {
+		t.Errorf("a second leader: %t, %v", led, err)
+	}
+	close(leave)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if led, err := db.Store.Lead(t.Context(), func(context.Context) error { return nil }); !led || err != nil {
+		t.Errorf("nobody leads: %t, %v", led, err)
+	}
+	// The leader whose connection is cut stops leading.
+	led, err := db.Store.Lead(t.Context(), func(ctx context.Context) error {
+		db.Exec(`SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()`)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	})
+	if !led || err == nil {
+		t.Errorf("led %t, %v", led, err)
+	}
+}

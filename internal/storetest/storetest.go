@@ -1,0 +1,255 @@
+// Package storetest lends tests migrated databases of a real Postgres, inserts
+// rows exactly as the app does, and checks the invariants that must hold after
+// anything that happens to the system. Support only, never linked into a
+// binary.
+package storetest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"lorayard/deploy"
+	"lorayard/internal/devstack/services"
+	"lorayard/internal/store"
+)
+
+const template = "lorayard_template"
+
+// server is the cluster of this test process; Main starts and stops it.
+type server struct {
+	once sync.Once
+	pg   *services.PG
+	err  error
+
+	mu sync.Mutex
+	n  int
+}
+
+var shared server
+
+// Main runs the tests of a package and stops the cluster after them.
+func Main(m *testing.M) {
+	code := m.Run()
+	if shared.pg != nil {
+		if err := shared.pg.Stop(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = max(code, 1)
+		}
+	}
+	os.Exit(code)
+}
+
+func (s *server) start(ctx context.Context) error {
+	s.once.Do(func() {
+		s.err = func() error {
+			var err error
+			if s.pg, err = services.Postgres(ctx, services.PostgresConfig{}); err != nil {
+				return err
+			}
+			url, err := s.pg.Database(ctx, template, "")
+			if err != nil {
+				return err
+			}
+			ms, err := store.Migrations(deploy.Migrations)
+			if err != nil {
+				return err
+			}
+			st, err := store.Open(ctx, url, store.Options{Name: "storetest"})
+			if err != nil {
+				return err
+			}
+			defer st.Close()
+			_, err = st.Migrate(ctx, ms, deploy.StandIns)
+			return err
+		}()
+	})
+	return s.err
+}
+
+// DB is one migrated database.
+type DB struct {
+	URL   string
+	Store *store.Store
+	Pool  *pgxpool.Pool // as the owner, for looking behind the curtain
+	t     testing.TB
+}
+
+// New lends a database of its own to a test. Without Postgres the test is
+// skipped, except with CI=true.
+func New(t testing.TB) *DB {
+	t.Helper()
+	ctx := context.Background()
+	if err := shared.start(ctx); err != nil {
+		if errors.Is(err, services.ErrMissing) && os.Getenv("CI") != "true" {
+			t.Skip(err)
+		}
+		t.Fatal(err)
+	}
+	shared.mu.Lock()
+	shared.n++
+	name := fmt.Sprintf("test_%d", shared.n)
+	url, err := shared.pg.Database(ctx, name, template) // one copy at a time
+	shared.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := store.Open(ctx, url, store.Options{Name: t.Name()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool, err := pgxpool.New(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		pool.Close()
+		st.Close()
+		if err := shared.pg.Drop(ctx, name); err != nil {
+			t.Error(err)
+		}
+	})
+	return &DB{URL: url, Store: st, Pool: pool, t: t}
+}
+
+// Exec runs SQL as the owner.
+func (d *DB) Exec(sql string, args ...any) {
+	d.t.Helper()
+	if _, err := d.Pool.Exec(context.Background(), sql, args...); err != nil {
+		d.t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// Text reads one value as Postgres prints it; NULL is empty.
+func (d *DB) Text(sql string, args ...any) string {
+	d.t.Helper()
+	var s *string
+	if err := d.Pool.QueryRow(context.Background(), sql, append([]any{pgx.QueryExecModeSimpleProtocol}, args...)...).Scan(&s); err != nil {
+		d.t.Fatalf("%s: %v", sql, err)
+	}
+	if s == nil {
+		return ""
+	}
+	return *s
+}
+
+// User makes a user and returns its id.
+func (d *DB) User() string {
+	d.t.Helper()
+	return d.Text(`INSERT INTO auth.users DEFAULT VALUES RETURNING id`)
+}
+
+// As runs f in a transaction as the signed-in user, the way PostgREST does:
+// role authenticated and the JWT's claims.
+func (d *DB) As(user string, f func(pgx.Tx) error) error {
+	return As(context.Background(), d.Pool, user, f)
+}
+
+// As is DB.As for any pool whose login may become role authenticated.
+func As(ctx context.Context, pool *pgxpool.Pool, user string, f func(pgx.Tx) error) error {
+	return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `SELECT set_config('request.jwt.claims', jsonb_build_object('sub', $1::text, 'role', 'authenticated')::text, true)`, user); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `SET LOCAL ROLE authenticated`); err != nil {
+			return err
+		}
+		return f(tx)
+	})
+}
+
+// Dataset inserts a validated data set as the app does and returns its id.
+func (d *DB) Dataset(user string) string {
+	d.t.Helper()
+	return d.Text(`INSERT INTO datasets (user_id, name, storage_path, file_name, file_size, status, training_ready)
+		VALUES ($1::uuid, 'workshop talks', $1 || '/' || gen_random_uuid() || '/train.jsonl', 'train.jsonl', 1000, 'ready', true) RETURNING id`, user)
+}
+
+// InsertJob is the app's own statement: these keys and no others.
+const InsertJob = `
+	INSERT INTO training_jobs (user_id, dataset_id, preset_id, hyperparameters, gpu_config, status,
+		current_stage, progress, current_epoch, total_epochs, current_step, total_steps, current_metrics, current_cost, estimated_total_cost)
+	VALUES ($1, $2, $3, $4, $5, 'queued', 'queued', 0, 0, 3, 0, 120, '{}', 0, 2.50) RETURNING id::text`
+
+// Hyperparameters and GPUConfig are what the app sends for preset balanced.
+const (
+	Hyperparameters = `{"learning_rate": 5e-5, "batch_size": 4, "epochs": 3, "rank": 16, "alpha": 32, "dropout": 0.1}`
+	GPUConfig       = `{"type": "A100-80GB", "count": 1}`
+)
+
+// Job inserts a job as the signed-in user and returns its id.
+func (d *DB) Job(user, dataset string) string {
+	d.t.Helper()
+	var id string
+	err := d.As(user, func(tx pgx.Tx) error {
+		return tx.QueryRow(context.Background(), InsertJob, user, dataset, "balanced", Hyperparameters, GPUConfig).Scan(&id)
+	})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return id
+}
+
+// invariants are the statements of ARCHITECTURE.md that can be asked in SQL;
+// each query returns a row per violation.
+var invariants = map[string]string{
+	"a settled job is final, a final job with an attempt is settled": `
+		SELECT t.id FROM training_jobs t JOIN lorayard.jobs j ON j.job_id = t.id
+		WHERE (j.state = 'settled') <> (t.status IN ('completed', 'failed', 'cancelled'))
+		  AND NOT (t.status = 'cancelled' AND j.state <> 'settled')`,
+	"a completed job has exactly one artifact and names it": `
+		SELECT t.id FROM training_jobs t WHERE t.status = 'completed'
+		  AND (SELECT count(*) FROM model_artifacts m WHERE m.job_id = t.id AND m.id = t.artifact_id) <> 1`,
+	"an artifact belongs to a completed job": `
+		SELECT m.id FROM model_artifacts m JOIN training_jobs t ON t.id = m.job_id WHERE t.status <> 'completed'`,
+	"attempts are numbered from 1 without gaps": `
+		SELECT a.job_id FROM lorayard.attempts a GROUP BY a.job_id HAVING min(a.attempt) <> 1 OR max(a.attempt) <> count(*)`,
+	"a settled job has no open attempt": `
+		SELECT a.job_id FROM lorayard.attempts a JOIN lorayard.jobs j USING (job_id) WHERE j.state = 'settled' AND a.ended_at IS NULL`,
+	"attempts of a job do not overlap": `
+		SELECT job_id FROM (SELECT job_id, accepted_at, lag(ended_at) OVER (PARTITION BY job_id ORDER BY attempt) AS before
+			FROM lorayard.attempts WHERE accepted_at IS NOT NULL) x WHERE before > accepted_at`,
+	"no device has two owners": `
+		SELECT a.device FROM lorayard.usage_intervals a JOIN lorayard.usage_intervals b
+		ON a.device = b.device AND a.during && b.during AND (a.job_id, a.attempt, a.seq) < (b.job_id, b.attempt, b.seq)`,
+	"the cost record is rate times billable GPU time": `
+		SELECT j.job_id FROM lorayard.jobs j JOIN training_jobs t ON t.id = j.job_id
+		WHERE j.state = 'settled' AND (t.final_cost IS DISTINCT FROM round(lorayard.cost_of(j.job_id) / 1000000.0, 2)
+		  OR coalesce((SELECT sum(c.amount) FROM cost_records c WHERE c.job_id = j.job_id), 0) <> t.final_cost)`,
+	"lost attempts are not billed": `
+		SELECT u.job_id FROM lorayard.usage_intervals u JOIN lorayard.attempts a USING (job_id, attempt) WHERE a.outcome = 'lost' AND u.billable`,
+	"no cost record, artifact or final notification exists twice": `
+		SELECT job_id::text FROM cost_records GROUP BY job_id, cost_type HAVING count(*) > 1
+		UNION ALL SELECT metadata ->> 'job_id' FROM notifications WHERE type <> 'job_queued' GROUP BY metadata ->> 'job_id', type HAVING count(*) > 1`,
+	"metrics rows of a job rise in step with time, one a step": `
+		SELECT job_id FROM (SELECT job_id, step, lag(step) OVER (PARTITION BY job_id ORDER BY timestamp, step) AS before FROM metrics_points) x WHERE before >= step`,
+	"nothing of one user stands under another's name": `
+		SELECT c.id FROM checkpoints c JOIN training_jobs t ON t.id = c.job_id WHERE c.user_id <> t.user_id OR c.path NOT LIKE t.user_id || '/%'
+		UNION ALL SELECT m.id FROM model_artifacts m JOIN training_jobs t ON t.id = m.job_id WHERE m.user_id <> t.user_id
+		UNION ALL SELECT l.id FROM job_logs l JOIN training_jobs t ON t.id = l.job_id WHERE l.user_id <> t.user_id
+		UNION ALL SELECT t.id FROM training_jobs t JOIN datasets d ON d.id = t.dataset_id JOIN lorayard.attempts a ON a.job_id = t.id WHERE d.user_id <> t.user_id`,
+}
+
+// Check fails the test for every invariant that does not hold.
+func Check(t testing.TB, pool *pgxpool.Pool) {
+	t.Helper()
+	for name, sql := range invariants {
+		rows, err := pool.Query(context.Background(), "SELECT x::text FROM ("+sql+") AS q(x)")
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		bad, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		} else if len(bad) > 0 {
+			t.Errorf("%s: violated by %v", name, bad)
+		}
+	}
+}

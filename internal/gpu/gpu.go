@@ -1,0 +1,178 @@
+// Package gpu keeps the books on the devices of one host: what each is, which
+// class it counts as, and which attempt holds it. It reads no driver; gpu/nvml
+// does.
+package gpu
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// Device is one GPU or MIG instance as seen at one moment.
+type Device struct {
+	UUID        string
+	Index       int    // as the driver counts; only for people, UUIDs choose
+	Name        string // as the driver says
+	Class       string // see Classify
+	MemoryBytes int64
+	Pretend     bool   // no GPU at all: the trainer runs on the CPU
+	Fault       string // why it must not be used; empty: fit
+}
+
+// class is one row of the table that maps device names onto classes: the first
+// row whose words are all in the name wins.
+type class struct {
+	words []string
+	gib   int64 // the least memory in GiB, 0 for any
+	name  string
+}
+
+// The app's four classes first, then what else is rented out. Memory decides
+// where one name was sold in two sizes; drivers report a little less than the
+// label says.
+var classes = []class{
+	{[]string{"a100"}, 60, "A100-80GB"},
+	{[]string{"a100"}, 30, "A100-40GB"},
+	{[]string{"h100"}, 70, "H100"},
+	{[]string{"v100"}, 28, "V100-32GB"},
+	{[]string{"v100"}, 0, "V100-16GB"},
+	{[]string{"h200"}, 0, "H200"},
+	{[]string{"gh200"}, 0, "GH200"},
+	{[]string{"b200"}, 0, "B200"},
+	{[]string{"l40s"}, 0, "L40S"},
+	{[]string{"l40"}, 0, "L40"},
+	{[]string{"l4"}, 0, "L4"},
+	{[]string{"a10g"}, 0, "A10G"},
+	{[]string{"a10"}, 0, "A10"},
+	{[]string{"a40"}, 0, "A40"},
+	{[]string{"a6000"}, 0, "RTX-A6000"},
+	{[]string{"rtx", "6000", "ada"}, 0, "RTX-6000-Ada"},
+	{[]string{"4090"}, 0, "RTX-4090"},
+	{[]string{"3090"}, 0, "RTX-3090"},
+	{[]string{"5090"}, 0, "RTX-5090"},
+	{[]string{"t4"}, 0, "T4"},
+}
+
+// Classify gives the class of a device by the driver's name and its memory.
+// A MIG instance and an unknown device get a class of their own, so that
+// nobody who asked for a whole known GPU gets one.
+func Classify(name string, memoryBytes int64) string {
+	words := strings.FieldsFunc(strings.ToLower(name), func(r rune) bool { return r == ' ' || r == '-' || r == '_' })
+	gib := memoryBytes >> 30
+	if slices.Contains(words, "mig") {
+		return fmt.Sprintf("MIG-%dGB", gib)
+	}
+	for _, c := range classes {
+		if gib >= c.gib && !slices.ContainsFunc(c.words, func(w string) bool { return !slices.Contains(words, w) }) {
+			return c.name
+		}
+	}
+	return fmt.Sprintf("%s-%dGB", strings.Join(words, "-"), gib)
+}
+
+// Pretend makes n devices of a class that do not exist, for development. Their
+// UUIDs follow from host, so a restarted agent has the same ones.
+func Pretend(n int, class, host string) []Device {
+	memory := int64(80)
+	for _, c := range []struct {
+		suffix string
+		gib    int64
+	}{{"-40GB", 40}, {"-32GB", 32}} {
+		if strings.HasSuffix(class, c.suffix) {
+			memory = c.gib
+		}
+	}
+	out := make([]Device, n)
+	for i := range out {
+		h := sha256.Sum256(fmt.Appendf(nil, "lorayard pretend %s %d", host, i))
+		out[i] = Device{
+			UUID: fmt.Sprintf("GPU-%x-%x-%x-%x-%x", h[:4], h[4:6], h[6:8], h[8:10], h[10:16]), Index: i,
+			Name: "pretended " + class, Class: class, MemoryBytes: memory << 30, Pretend: true,
+		}
+	}
+	return out
+}
+
+// Ledger lends devices to attempts. It is safe for concurrent use.
+type Ledger struct {
+	mu      sync.Mutex
+	devices []Device
+	lent    map[string]*Reservation // by UUID
+}
+
+// Reservation is a set of lent devices.
+type Reservation struct{ Devices []string }
+
+// NewLedger starts with every fit device free.
+func NewLedger(devices []Device) *Ledger {
+	return &Ledger{devices: slices.Clone(devices), lent: map[string]*Reservation{}}
+}
+
+// UnavailableError says which devices of a wish cannot be lent, and why.
+type UnavailableError struct{ Reasons map[string]string } // UUID → reason
+
+func (e *UnavailableError) Error() string {
+	var parts []string
+	for uuid, why := range e.Reasons {
+		parts = append(parts, uuid+" "+why)
+	}
+	slices.Sort(parts)
+	return "devices not available: " + strings.Join(parts, ", ")
+}
+
+// Reserve lends all of uuids or none; the error is an *UnavailableError.
+func (l *Ledger) Reserve(uuids []string) (*Reservation, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	bad := map[string]string{}
+	seen := map[string]bool{}
+	for _, u := range uuids {
+		i := slices.IndexFunc(l.devices, func(d Device) bool { return d.UUID == u })
+		switch {
+		case seen[u]:
+			bad[u] = "is asked for twice"
+		case i < 0:
+			bad[u] = "is not on this host"
+		case l.devices[i].Fault != "":
+			bad[u] = "is not fit: " + l.devices[i].Fault
+		case l.lent[u] != nil:
+			bad[u] = "is lent to another attempt"
+		}
+		seen[u] = true
+	}
+	if len(bad) > 0 {
+		return nil, &UnavailableError{Reasons: bad}
+	}
+	r := &Reservation{Devices: slices.Clone(uuids)}
+	for _, u := range uuids {
+		l.lent[u] = r
+	}
+	return r, nil
+}
+
+// Release takes the devices of r back. Releasing twice changes nothing.
+func (l *Ledger) Release(r *Reservation) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, u := range r.Devices {
+		if l.lent[u] == r {
+			delete(l.lent, u)
+		}
+	}
+}
+
+// Free lists the fit devices that nobody holds.
+func (l *Ledger) Free() []Device {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var free []Device
+	for _, d := range l.devices {
+		if d.Fault == "" && l.lent[d.UUID] == nil {
+			free = append(free, d)
+		}
+	}
+	return free
+}

@@ -1,0 +1,554 @@
+package storage
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	metaSHA256 = "sha256" // the metadata under which the digest is kept
+
+	tusVersion  = "1.0.0"
+	tidyTimeout = 2 * time.Second
+)
+
+var (
+	errChanged   = errors.New("the file changed while it was uploaded")
+	cacheControl = regexp.MustCompile(`^(?:no-cache|max-age=([0-9]{1,10}))$`)
+)
+
+// Options say how an object is stored.
+type Options struct {
+	ContentType  string            // empty: application/octet-stream
+	CacheControl string            // "no-cache" or "max-age=<seconds>"; empty: max-age=3600
+	Metadata     map[string]string // kept with the object; sha256 is added
+	// SHA256 is the digest of the file in hex, where it is known. A file that
+	// differs is not uploaded; a large one is read once instead of twice.
+	SHA256 string
+	// Token is a signed upload token. With it no key is sent.
+	Token string
+}
+
+// Upload stores the file at localPath under key and never overwrites: see
+// IsExists. A key that already holds the same bytes, by size and digest, is a
+// success, so an upload may be repeated. Up to ChunkBytes go in one request,
+// more in parts of that size, which go on where they were cut. Memory is
+// bounded by one part. A client without a key cannot compare: it gets the
+// error, and who holds the key looks with Info.
+func (c *Client) Upload(ctx context.Context, bucket, key, localPath string, o Options) (Object, error) {
+	about := Error{Op: "upload", Bucket: bucket, Key: key}
+	if err := check(about.Op, bucket, key); err != nil {
+		return Object{}, err
+	}
+	if o.Token == "" {
+		if err := c.needKey(about.Op, bucket, key); err != nil {
+			return Object{}, err
+		}
+	}
+	obj, err := c.upload(ctx, about, localPath, o)
+	if err == nil {
+		return obj, nil
+	}
+	var e *Error
+	if errors.As(err, &e) {
+		return Object{}, err
+	}
+	about.Err = err
+	return Object{}, &about
+}
+
+func (c *Client) upload(ctx context.Context, about Error, localPath string, o Options) (Object, error) {
+	if o.ContentType == "" {
+		o.ContentType = "application/octet-stream"
+	}
+	if o.CacheControl == "" {
+		o.CacheControl = "max-age=3600"
+	}
+	if !cacheControl.MatchString(o.CacheControl) {
+		return Object{}, fmt.Errorf("cache control %q is neither no-cache nor max-age=<seconds>", o.CacheControl)
+	}
+	f, err := os.Open(localPath)
+	if err != nil {
+		return Object{}, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return Object{}, err
+	}
+	if !fi.Mode().IsRegular() {
+		return Object{}, fmt.Errorf("%s is not a regular file", localPath)
+	}
+	obj := Object{Bucket: about.Bucket, Key: about.Key, Bytes: fi.Size(), SHA256: strings.ToLower(o.SHA256)}
+	// A token gives no way to ask whether an unanswered POST was carried out;
+	// the resumable protocol does.
+	if obj.Bytes <= ChunkBytes && o.Token == "" {
+		return c.uploadWhole(ctx, about, obj, f, o)
+	}
+	if obj.SHA256 == "" {
+		// The digest goes ahead of the bytes, so they are read once before.
+		if obj.SHA256, err = digest(ctx, f); err != nil {
+			return Object{}, err
+		}
+	}
+	meta, err := metadata(o.Metadata, obj.SHA256)
+	if err != nil {
+		return Object{}, err
+	}
+	t := &resumable{c: c, about: about, obj: obj, file: f, o: o, meta: meta, hash: sha256.New()}
+	return obj, t.run(ctx)
+}
+
+func digest(ctx context.Context, f *os.File) (string, error) {
+	h := sha256.New()
+	if _, err := io.CopyBuffer(h, struct{ io.Reader }{ctxReader{ctx, f}}, make([]byte, 1<<20)); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// ctxReader ends with its context.
+type ctxReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (r ctxReader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.r.Read(p)
+}
+
+func metadata(own map[string]string, sum string) ([]byte, error) {
+	m := maps.Clone(own)
+	if m == nil {
+		m = map[string]string{}
+	}
+	m[metaSHA256] = sum
+	return json.Marshal(m)
+}
+
+func (c *Client) uploadWhole(ctx context.Context, about Error, obj Object, f *os.File, o Options) (Object, error) {
+	data := make([]byte, obj.Bytes)
+	if _, err := io.ReadFull(f, data); err != nil {
+		return Object{}, fmt.Errorf("%w: %w", errChanged, err)
+	}
+	sum := sha256.Sum256(data)
+	if got := hex.EncodeToString(sum[:]); obj.SHA256 == "" {
+		obj.SHA256 = got
+	} else if got != obj.SHA256 {
+		return Object{}, fmt.Errorf("%w: the file has %s, not %s", ErrDigest, got, obj.SHA256)
+	}
+	meta, err := metadata(o.Metadata, obj.SHA256)
+	if err != nil {
+		return Object{}, err
+	}
+	for p := c.pacer(); ; {
+		err := c.post(ctx, about, data, meta, o)
+		if err == nil {
+			return obj, nil
+		}
+		if IsExists(err) {
+			return obj, c.ours(ctx, obj, err)
+		}
+		if err := p.again(ctx, err); err != nil {
+			return Object{}, err
+		}
+	}
+}
+
+func (c *Client) post(ctx context.Context, about Error, data, meta []byte, o Options) error {
+	g := c.guard(ctx)
+	defer g.stop()
+	req, err := http.NewRequestWithContext(g.ctx, http.MethodPost, c.root+"/object/"+path(about.Bucket, about.Key), nil)
+	if err != nil {
+		return err
+	}
+	c.authorize(req.Header)
+	req.Header.Set("Content-Type", o.ContentType)
+	req.Header.Set("Cache-Control", o.CacheControl)
+	req.Header.Set("x-upsert", "false")
+	req.Header.Set("x-metadata", base64.StdEncoding.EncodeToString(meta))
+	setBody(req, data, g.alive)
+	resp, err := c.send(ctx, about, req)
+	if err != nil {
+		return err
+	}
+	drain(resp)
+	return nil
+}
+
+// setBody sends data with its length: a body of unknown length escapes the
+// bucket's size limit.
+func setBody(req *http.Request, data []byte, alive func()) {
+	req.ContentLength = int64(len(data))
+	req.GetBody = func() (io.ReadCloser, error) {
+		if len(data) == 0 {
+			return http.NoBody, nil
+		}
+		return io.NopCloser(aliveReader{bytes.NewReader(data), alive}), nil
+	}
+	req.Body, _ = req.GetBody()
+}
+
+// aliveReader reports every read as progress.
+type aliveReader struct {
+	r     io.Reader
+	alive func()
+}
+
+func (r aliveReader) Read(p []byte) (int, error) {
+	n, err := r.r.Read(p)
+	if n > 0 {
+		r.alive()
+	}
+	return n, err
+}
+
+// ours turns "already exists" into a success when the object holds our bytes.
+func (c *Client) ours(ctx context.Context, obj Object, exists error) error {
+	if c.key == "" {
+		return exists
+	}
+	i, err := c.Info(ctx, obj.Bucket, obj.Key)
+	if err != nil {
+		if IsNotFound(err) {
+			return exists
+		}
+		return err
+	}
+	if i.Bytes != obj.Bytes || i.SHA256 != obj.SHA256 {
+		return exists
+	}
+	return nil
+}
+
+// resumable is one upload by the TUS protocol.
+//
+//	       create             part, offset from the server
+//	new ───────────► located ──────────────────────────────► done
+//	 ▲                │   ▲                                   ▲
+//	 │ upload is gone │   └── ask for the offset ◄── a failure│
+//	 └────────────────┘             └── offset = size ────────┘
+type resumable struct {
+	c     *Client
+	about Error
+	obj   Object
+	file  *os.File
+	o     Options
+	meta  []byte
+
+	hash   hash.Hash
+	hashed int64 // so many bytes from the start went through hash
+	buf    []byte
+
+	location string // where the parts go; empty: not created
+	offset   int64  // how many bytes the store has
+	sure     bool   // offset is the store's last word
+	best     int64  // the largest offset since the upload was created
+	restarts int
+	failure  *Error // the last one
+	done     bool
+}
+
+func (t *resumable) run(ctx context.Context) error {
+	for p := t.c.pacer(); !t.done; {
+		err := t.step(ctx)
+		if t.offset > t.best {
+			t.best = t.offset
+			p.progress()
+		}
+		if err == nil {
+			continue
+		}
+		if err := t.recover(ctx, p, err); err != nil {
+			t.abandon(ctx, err)
+			return err
+		}
+	}
+	return nil
+}
+
+// step makes the one request that is due.
+func (t *resumable) step(ctx context.Context) error {
+	switch {
+	case t.location == "":
+		return t.create(ctx)
+	case !t.sure:
+		return t.ask(ctx)
+	}
+	return t.part(ctx)
+}
+
+// recover brings the upload to where it can go on, or returns the error that
+// ends it.
+func (t *resumable) recover(ctx context.Context, p *pacer, err error) error {
+	var e *Error
+	if !errors.As(err, &e) || ctx.Err() != nil {
+		return err
+	}
+	t.sure, t.failure = false, e
+	switch located := t.location != ""; {
+	case IsExists(e):
+		if err := t.c.ours(ctx, t.obj, e); err != nil {
+			return err
+		}
+		t.done = true
+		return nil
+	case located && (e.Status == http.StatusNotFound || e.Status == http.StatusGone):
+		// The upload expired, or it was completed and tidied up: a new one is
+		// answered with "already exists" if so.
+		return t.restart(ctx, p)
+	case located && e.Status == http.StatusConflict:
+		// The store has another offset: a part that was cut may still be on its
+		// way to the disk.
+		return p.pause(ctx, e)
+	}
+	return p.again(ctx, e)
+}
+
+func (t *resumable) restart(ctx context.Context, p *pacer) error {
+	if t.restarts++; t.restarts >= t.c.attempts {
+		return t.failure
+	}
+	t.location, t.offset, t.best, t.sure = "", 0, 0, false
+	return p.pause(ctx, t.failure)
+}
+
+func (t *resumable) create(ctx context.Context) error {
+	req, g, err := t.request(ctx, http.MethodPost, t.c.root+"/upload/resumable"+t.suffix())
+	if err != nil {
+		return err
+	}
+	defer g.stop()
+	seconds := t.o.CacheControl // this endpoint wants the number alone
+	if m := cacheControl.FindStringSubmatch(seconds); m[1] != "" {
+		seconds = m[1]
+	}
+	req.Header.Set("Upload-Length", strconv.FormatInt(t.obj.Bytes, 10))
+	req.Header.Set("Upload-Metadata", strings.Join([]string{
+		pair("bucketName", t.obj.Bucket),
+		pair("objectName", t.obj.Key),
+		pair("contentType", t.o.ContentType),
+		pair("cacheControl", seconds),
+		pair("metadata", string(t.meta)),
+	}, ","))
+	resp, err := t.c.send(ctx, t.about, req)
+	if err != nil {
+		return err
+	}
+	drain(resp)
+	if t.location, err = t.locate(resp.Header.Get("Location")); err != nil {
+		return err
+	}
+	t.offset, t.best, t.sure = 0, 0, true
+	t.done = t.obj.Bytes == 0
+	return nil
+}
+
+func pair(name, value string) string {
+	return name + " " + base64.StdEncoding.EncodeToString([]byte(value))
+}
+
+func (t *resumable) suffix() string {
+	if t.o.Token != "" {
+		return "/sign"
+	}
+	return ""
+}
+
+// locate puts the upload's address onto our own base: the store builds it from
+// whatever host a proxy told it, and the key goes to no other.
+func (t *resumable) locate(header string) (string, error) {
+	const mark = "/upload/resumable/"
+	u, err := url.Parse(header)
+	if err == nil {
+		if _, id, ok := strings.Cut(u.EscapedPath(), mark); ok && id != "" && !strings.Contains(id, "..") {
+			at := t.c.root + mark + id
+			if u.RawQuery != "" {
+				at += "?" + u.RawQuery
+			}
+			return at, nil
+		}
+	}
+	return "", errors.New("the store named no usable address for the upload")
+}
+
+// ask learns how many bytes the store has.
+func (t *resumable) ask(ctx context.Context) error {
+	req, g, err := t.request(ctx, http.MethodHead, t.location)
+	if err != nil {
+		return err
+	}
+	defer g.stop()
+	resp, err := t.c.send(ctx, t.about, req)
+	if err != nil {
+		return err
+	}
+	drain(resp)
+	if err := t.take(resp); err != nil {
+		return err
+	}
+	if t.offset == t.obj.Bytes {
+		return t.confirm(ctx)
+	}
+	return nil
+}
+
+// confirm is called when the store has every byte but its last answer was not
+// a success. It is done if the object is there, otherwise it begins anew.
+func (t *resumable) confirm(ctx context.Context) error {
+	if t.c.key == "" {
+		// Without a key only the cause tells: an answer that was lost on the
+		// way does not undo the upload, an error of the store may have.
+		if t.done = t.failure == nil || t.failure.Status == 0; t.done {
+			return nil
+		}
+		return t.notThere()
+	}
+	i, err := t.c.Info(ctx, t.obj.Bucket, t.obj.Key)
+	switch {
+	case IsNotFound(err):
+		return t.notThere()
+	case err != nil:
+		return err
+	case i.Bytes != t.obj.Bytes || i.SHA256 != t.obj.SHA256:
+		e := t.about
+		e.Status, e.Code, e.Message = http.StatusConflict, "KeyAlreadyExists", "the key holds another object"
+		return &e
+	}
+	t.done = true
+	return nil
+}
+
+// notThere is the error that makes recover begin anew.
+func (t *resumable) notThere() error {
+	e := t.about
+	e.Status, e.Message = http.StatusGone, "the store has every byte and no object"
+	return &e
+}
+
+// part sends the next bytes.
+func (t *resumable) part(ctx context.Context) error {
+	data, err := t.read()
+	if err != nil {
+		return err
+	}
+	req, g, err := t.request(ctx, http.MethodPatch, t.location)
+	if err != nil {
+		return err
+	}
+	defer g.stop()
+	before := t.offset
+	req.Header.Set("Upload-Offset", strconv.FormatInt(before, 10))
+	req.Header.Set("Content-Type", "application/offset+octet-stream")
+	setBody(req, data, g.alive)
+	resp, err := t.c.send(ctx, t.about, req)
+	if err != nil {
+		return err
+	}
+	drain(resp)
+	// The store's word counts: a part that was pushed aside by another request
+	// is answered with success and a smaller offset.
+	if err := t.take(resp); err != nil {
+		return err
+	}
+	if t.offset <= before {
+		return t.c.unanswered(ctx, t.about, errors.New("the store took no byte of a part"))
+	}
+	t.done = t.offset == t.obj.Bytes
+	return nil
+}
+
+// take reads the offset of an answer.
+func (t *resumable) take(resp *http.Response) error {
+	n, err := strconv.ParseInt(resp.Header.Get("Upload-Offset"), 10, 64)
+	if err != nil || n < 0 || n > t.hashed { // never more than was read here
+		e := t.about
+		e.transient, e.Err = true, errors.New("the store named no usable offset")
+		return &e
+	}
+	t.offset, t.sure = n, true
+	return nil
+}
+
+// read fills the buffer from the offset and brings the digest up to date. The
+// last part is not given out when the digest is not the announced one: what is
+// stored under a digest has it.
+func (t *resumable) read() ([]byte, error) {
+	if t.buf == nil {
+		t.buf = make([]byte, min(ChunkBytes, t.obj.Bytes))
+	}
+	data := t.buf[:min(int64(len(t.buf)), t.obj.Bytes-t.offset)]
+	if _, err := t.file.ReadAt(data, t.offset); err != nil {
+		if errors.Is(err, io.EOF) {
+			err = errChanged
+		}
+		return nil, err
+	}
+	end := t.offset + int64(len(data))
+	if t.hashed >= t.offset && t.hashed < end {
+		_, _ = t.hash.Write(data[t.hashed-t.offset:])
+		t.hashed = end
+	}
+	if end == t.obj.Bytes && t.hashed == end {
+		if got := hex.EncodeToString(t.hash.Sum(nil)); got != t.obj.SHA256 {
+			return nil, fmt.Errorf("%w: the bytes sent have %s, not %s: %w", ErrDigest, got, t.obj.SHA256, errChanged)
+		}
+	}
+	return data, nil
+}
+
+// request is what all requests of the protocol share.
+func (t *resumable) request(ctx context.Context, method, at string) (*http.Request, *guard, error) {
+	g := t.c.guard(ctx)
+	req, err := http.NewRequestWithContext(g.ctx, method, at, nil)
+	if err != nil {
+		g.stop()
+		return nil, nil, err
+	}
+	req.Header.Set("Tus-Resumable", tusVersion)
+	if t.o.Token != "" {
+		req.Header.Set("x-signature", t.o.Token)
+	} else {
+		t.c.authorize(req.Header)
+		req.Header.Set("x-upsert", "false") // every part is asked, not only the first
+	}
+	return req, g, nil
+}
+
+// abandon takes back what will not be finished, so that it does not lie on the
+// store's disk; when the network is away there is nobody to tell.
+func (t *resumable) abandon(ctx context.Context, why error) {
+	var e *Error
+	if t.location == "" || errors.As(why, &e) && e.transient {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tidyTimeout)
+	defer cancel()
+	req, g, err := t.request(ctx, http.MethodDelete, t.location)
+	if err != nil {
+		return
+	}
+	defer g.stop()
+	if resp, err := t.c.send(ctx, t.about, req); err == nil {
+		drain(resp)
+	}
+}

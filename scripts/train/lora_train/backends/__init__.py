@@ -1,0 +1,1 @@
+"""Stand-ins for the real training loop; each has `run(session) -> None`."""

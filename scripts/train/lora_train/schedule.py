@@ -1,0 +1,55 @@
+"""What each step is, as pure functions: its learning rate, its examples, its seed.
+
+Nothing here has a state, so a resumed run needs no sampler to be restored and
+a step can be repeated after it ran out of memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+
+def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak at the last step."""
+    warmup = min(warmup, total - 1)
+    if step <= warmup:
+        return peak * step / (warmup + 1)
+    way = (step - warmup) / max(1, total - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * way)))
+
+
+def order(data_sha256: str, seed: int, epoch: int, count: int) -> list[int]:
+    """The examples of one epoch, shuffled by hash; epochs count from 0."""
+    key = f"{data_sha256}:{seed}:{epoch}:"
+    return sorted(range(count), key=lambda i: hashlib.sha256(f"{key}{i}".encode()).digest())
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Optimizer steps in an epoch; the last one may be smaller."""
+    return -(-count // batch_size)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The random state in which a step begins: dropout follows from this alone."""
+    digest = hashlib.sha256(f"step:{seed}:{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Positions grouped by length so that no padded group exceeds the budget in tokens.
+
+    A single example above the budget gets a group of its own. Within a group
+    padding stays below an eighth of the longest.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = groups and longest * (len(groups[-1]) + 1) <= budget
+        if fits and lengths[i] * 8 >= longest * 7:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            longest = lengths[i]
+    return groups

@@ -313,3 +313,18 @@ func (s *Store) Settle(ctx context.Context, ref job.Ref, e End) (job.Status, err
 	}
 	return job.Status(status), nil
 }
+
+const checkAgent = `
+	SELECT coalesce(has_function_privilege(to_regprocedure('lorayard.accept(text,uuid,uuid,integer,uuid)')::oid, 'EXECUTE'), false)`
+
+// CheckAgent reports whether this login may do an agent's work.
+func (s *Store) CheckAgent(ctx context.Context) error {
+	var ok bool
+	if err := s.pool.QueryRow(ctx, checkAgent).Scan(&ok); err != nil {
+		return fmt.Errorf("look for the agent's functions: %w", err)
+	}
+	if !ok {
+		return errors.New("this login may not run the agent's functions, or the database is not migrated")
+	}
+	return nil
+}

@@ -1,0 +1,246 @@
+// Agent runs on a GPU host: it takes the attempts that the dispatcher assigned
+// to it and runs the trainer on the host's devices.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"lorayard/internal/agent"
+	"lorayard/internal/attempt"
+	"lorayard/internal/config"
+	"lorayard/internal/daemon"
+	"lorayard/internal/gpu"
+	"lorayard/internal/gpu/nvml"
+	"lorayard/internal/job"
+	"lorayard/internal/metrics"
+	"lorayard/internal/proc"
+	"lorayard/internal/queue"
+	"lorayard/internal/storage"
+	"lorayard/internal/store"
+	"lorayard/internal/trainer"
+	"lorayard/internal/wire"
+)
+
+// version is set by the linker.
+var version = "development"
+
+func main() {
+	// The shim is this binary, started again between agent and trainer.
+	if len(os.Args) > 1 && os.Args[1] == "shim" {
+		os.Exit(proc.RunShim(os.Args[2:]))
+	}
+	ctx, stop := daemon.Signals(context.Background())
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "agent:", err)
+		os.Exit(1)
+	}
+}
+
+const usage = `agent runs LoRA training jobs on the GPUs of this host.
+
+Usage: agent <verb> [flags]
+
+  run        take jobs until told to stop; SIGTERM drains: checkpoint, hand back, leave
+  doctor     look at everything that a run needs and say what to do about problems
+  version    print the version
+  help       print this text; "agent <verb> --help" lists its flags
+`
+
+// settings are those of run and doctor; deploy/agent.env.example is made of
+// them.
+type settings struct {
+	ID          string        `flag:"id" env:"AGENT_ID" example:"gpu-host-1" help:"name of this agent, one per host; empty: the host name"`
+	DatabaseURL config.Secret `flag:"database-url" env:"DATABASE_URL" required:"true" example:"postgres://gpu_host_1:password@host:5432/postgres" help:"the app's Postgres, as a login in role lorayard_agent"`
+	RedisURL    config.Secret `flag:"redis-url" env:"REDIS_URL" required:"true" example:"redis://:password@host:6379/0" help:"Redis that carries the hand-over"`
+	SupabaseURL string        `flag:"supabase-url" env:"SUPABASE_URL" required:"true" example:"https://ref.supabase.co" help:"the Supabase project, for Storage"`
+	SupabaseKey config.Secret `flag:"supabase-key" env:"SUPABASE_SECRET_KEY" required:"true" example:"sb_secret_..." help:"secret key for Storage; the trainer never sees it"`
+	DataDir     string        `flag:"data-dir" env:"DATA_DIR" default:"/var/lib/lorayard" help:"run directories, spools and cached data sets"`
+	ModelsDir   string        `flag:"models-dir" env:"MODELS_DIR" default:"/var/lib/lorayard/models" help:"base models, each in <dir>/<name> with config.json and safetensors"`
+	Python      string        `flag:"trainer-python" env:"TRAINER_PYTHON" required:"true" example:"/opt/lorayard/venv/bin/python" help:"absolute path of the trainer environment's interpreter"`
+	TrainerDir  string        `flag:"trainer-dir" env:"TRAINER_DIR" default:"/opt/lorayard/scripts/train" help:"directory that holds the package lora_train"`
+	PretendGPUs int           `flag:"pretend-gpus" env:"PRETEND_GPUS" default:"0" help:"for development: so many pretended GPUs, training on the CPU"`
+	PretendType string        `flag:"pretend-class" env:"PRETEND_CLASS" default:"A100-80GB" help:"class of the pretended GPUs"`
+	Backend     string        `flag:"backend" env:"TRAINER_BACKEND" default:"torch" help:"torch, or dry: a scripted run without torch, for development"`
+	DrySteps    int           `flag:"dry-steps" env:"DRY_STEPS" default:"20" help:"steps of a dry run"`
+	DryStepTime time.Duration `flag:"dry-step-time" env:"DRY_STEP_TIME" default:"50ms" help:"time of one step of a dry run"`
+	Threads     int           `flag:"threads" env:"TRAINER_THREADS" default:"0" help:"CPU threads of a trainer; 0: it chooses"`
+	Checkpoint  time.Duration `flag:"checkpoint-every" env:"CHECKPOINT_EVERY" default:"4m" help:"how often the trainer saves a checkpoint"`
+	LeaveGrace  time.Duration `flag:"leave-grace" env:"LEAVE_GRACE" default:"60s" help:"how long a trainer may take to save and leave"`
+	MinFree     int64         `flag:"min-free-bytes" env:"MIN_FREE_BYTES" default:"2147483648" help:"free disk below which nothing is started"`
+	Lease       time.Duration `flag:"lease" env:"LEASE" default:"5s" help:"how long the lease lasts beyond a renewal"`
+	Renew       time.Duration `flag:"renew" env:"RENEW" default:"1s" help:"how often the lease is renewed"`
+	OpsAddr     string        `flag:"ops-addr" env:"OPS_ADDR" default:"127.0.0.1:9091" help:"address of /metrics, /healthz and /readyz"`
+	LogLevel    string        `flag:"log-level" env:"LOG_LEVEL" default:"info" help:"debug, info, warn or error"`
+	LogFormat   string        `flag:"log-format" env:"LOG_FORMAT" default:"auto" help:"text, json, or auto: text on a terminal"`
+}
+
+func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) error {
+	verb := "run"
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		verb, args = args[0], args[1:]
+	}
+	switch verb {
+	case "run", "doctor":
+		var s settings
+		rest, err := config.Load(&s, args, environ)
+		switch {
+		case errors.Is(err, config.ErrHelp):
+			config.Usage(stdout, &s)
+			return nil
+		case err != nil && verb == "run":
+			return err
+		case err == nil && len(rest) > 0:
+			return fmt.Errorf("%q is neither a flag nor expected here", rest[0])
+		}
+		if s.ID == "" {
+			if s.ID, err = os.Hostname(); err != nil {
+				return fmt.Errorf("read the host name: %w", err)
+			}
+		}
+		if verb == "doctor" {
+			return doctor(ctx, s, err, stdout)
+		}
+		return serve(ctx, s, environ, stderr)
+	case "version":
+		fmt.Fprintln(stdout, "agent", version)
+		return nil
+	case "help":
+		fmt.Fprint(stdout, usage)
+		return nil
+	default:
+		return fmt.Errorf("%q is not a verb; run, doctor, version and help are", verb)
+	}
+}
+
+func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) error {
+	log := daemon.Logger(stderr, s.LogLevel, s.LogFormat).With("agent", s.ID)
+	for _, dir := range []string{s.DataDir, s.ModelsDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("make %s: %w", dir, err)
+		}
+	}
+	devices, err := findDevices(ctx, s)
+	if err != nil {
+		return err
+	}
+	st, err := waitForStore(ctx, s, log)
+	if err != nil || st == nil {
+		return err
+	}
+	defer st.Close()
+	bucket, err := storage.Open(storage.Config{URL: s.SupabaseURL, Key: s.SupabaseKey.Reveal()})
+	if err != nil {
+		return err
+	}
+	defer bucket.Close()
+	hostname, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("read the host name: %w", err)
+	}
+	models, err := modelsIn(s.ModelsDir)
+	if err != nil {
+		return err
+	}
+	m := metrics.NewAgent()
+	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Hostname: hostname, Version: version, BaseModels: models}
+	for _, d := range devices {
+		self.Devices = append(self.Devices, store.Device(d))
+	}
+	tr := &trainer.Trainer{Python: s.Python, Dir: s.TrainerDir, Shim: []string{"/proc/self/exe", "shim"}, Backend: s.Backend}
+	if s.Backend == "dry" {
+		tr.Dry = &wire.Dry{Steps: s.DrySteps, StepSeconds: s.DryStepTime.Seconds(), Loss: [2]float64{3.2, 0.4}}
+	}
+	a := &agent.Agent{
+		Self: self, Store: st, Ledger: gpu.NewLedger(devices), Metrics: m, Log: log,
+		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, DataDir: s.DataDir},
+		NewNonce: uuid.NewString,
+		Runner: &attempt.Runner{
+			Store: st, Storage: bucket, Trainer: tr, Metrics: m, Log: log,
+			Config: attempt.Config{
+				DataDir: s.DataDir, ModelsDir: s.ModelsDir, Pretend: s.PretendGPUs > 0, Threads: s.Threads,
+				CheckpointEvery: s.Checkpoint, LeaveGrace: s.LeaveGrace, MinFreeBytes: s.MinFree, Environ: environ,
+			},
+		},
+	}
+	log.InfoContext(ctx, "agent starts", "version", version, "devices", len(devices), "pretend", s.PretendGPUs > 0)
+	return daemon.Run(ctx, log,
+		daemon.Ops(s.OpsAddr, m.Handler(), a.Ready),
+		daemon.Part{Name: "agent", Run: a.Run},
+		daemon.Part{Name: "queue", Run: func(ctx context.Context) error {
+			return queue.Serve(ctx, s.RedisURL.Reveal(), s.ID, log, func(ctx context.Context, t job.Task) error { return a.Accept(ctx, t) })
+		}},
+	)
+}
+
+// waitForStore connects to Postgres, however long it takes; nil when ctx ended.
+func waitForStore(ctx context.Context, s settings, log *slog.Logger) (*store.Store, error) {
+	for {
+		st, err := store.Open(ctx, s.DatabaseURL.Reveal(), store.Options{Name: "lorayard-agent " + s.ID, MaxConns: 4})
+		if err == nil {
+			return st, nil
+		}
+		if ctx.Err() != nil {
+			return nil, nil
+		}
+		log.WarnContext(ctx, "the database is not there yet", "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// findDevices reads the host's devices, or pretends them.
+func findDevices(ctx context.Context, s settings) ([]gpu.Device, error) {
+	if s.PretendGPUs > 0 {
+		return gpu.Pretend(s.PretendGPUs, s.PretendType, s.ID), nil
+	}
+	d, err := nvml.Open()
+	if err != nil {
+		return nil, fmt.Errorf("open the GPU driver: %w (set PRETEND_GPUS=1 to train on the CPU, for development)", err)
+	}
+	defer d.Close()
+	devices, err := d.Devices(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read the GPUs: %w", err)
+	}
+	if len(devices) == 0 {
+		return nil, errors.New("this host has no GPU that the driver knows; run `agent doctor`")
+	}
+	return devices, nil
+}
+
+// modelsIn lists the base models in dir by name: <model> or <owner>/<model>.
+func modelsIn(dir string) ([]string, error) {
+	var names []string
+	for _, pattern := range []string{"*/config.json", "*/*/config.json"} {
+		found, err := filepath.Glob(filepath.Join(dir, filepath.FromSlash(pattern)))
+		if err != nil {
+			return nil, fmt.Errorf("look for base models: %w", err)
+		}
+		for _, f := range found {
+			rel, err := filepath.Rel(dir, filepath.Dir(f))
+			if err != nil {
+				return nil, fmt.Errorf("look for base models: %w", err)
+			}
+			names = append(names, filepath.ToSlash(rel))
+		}
+	}
+	return names, nil
+}
+
+func cpus() string {
+	return fmt.Sprintf("%d CPU threads, %s/%s", runtime.NumCPU(), runtime.GOOS, runtime.GOARCH)
+}

@@ -1,0 +1,169 @@
+package attempt
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"lorayard/internal/job"
+	"lorayard/internal/storage"
+	"lorayard/internal/wire"
+)
+
+// prepare brings everything to the host that the trainer needs and writes the
+// plan.
+func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
+	x.enter(job.StageDownloading)
+	if err := x.checkDisk(); err != nil {
+		return wire.Plan{}, err
+	}
+	model := filepath.Join(x.Config.ModelsDir, filepath.FromSlash(x.as.Spec.BaseModel))
+	if _, err := os.Stat(filepath.Join(model, "config.json")); err != nil {
+		return wire.Plan{}, &job.Failure{Kind: job.ModelMissing, Err: fmt.Errorf("base model %s: %w", x.as.Spec.BaseModel, err)}
+	}
+	path, digest, err := x.dataset(ctx)
+	if err != nil {
+		return wire.Plan{}, err
+	}
+	resume, step, err := x.checkpoint(ctx)
+	if err != nil {
+		return wire.Plan{}, err
+	}
+	if err := x.Store.SetResumeStep(ctx, x.as.Ref, step); err != nil {
+		return wire.Plan{}, orStopped(ctx, err)
+	}
+	s := x.as.Spec
+	device := "cuda"
+	if x.Config.Pretend {
+		device = "cpu"
+	}
+	return wire.Plan{
+		Job: string(x.as.Ref.Job), Attempt: x.as.Ref.Attempt, RunDir: x.dir, Device: device,
+		BaseModel: wire.BaseModel{Name: s.BaseModel, Path: model},
+		Data:      wire.Data{Path: path, SHA256: digest},
+		Hyperparameters: wire.Hyperparameters{
+			LearningRate: s.LearningRate, BatchSize: s.BatchSize, Epochs: s.Epochs, Rank: s.Rank, Alpha: s.Alpha, Dropout: s.Dropout,
+			WarmupSteps: s.WarmupSteps, WeightDecay: s.WeightDecay, MaxSeqLength: s.MaxSeqLength, Seed: s.Seed,
+		},
+		ValidationFraction: 0.05, CheckpointEverySeconds: x.Config.CheckpointEvery.Seconds(), KeepCheckpoints: 2,
+		ResumeFrom: resume, Threads: x.Config.Threads,
+	}, nil
+}
+
+// orStopped prefers the reason why ctx ended over the error that came of it.
+func orStopped(ctx context.Context, err error) error {
+	if s := stopped(ctx); s != nil {
+		return s
+	}
+	return err
+}
+
+func (x *run) checkDisk() error {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(x.Config.DataDir, &st); err != nil {
+		return &job.Failure{Kind: job.DiskFull, Err: fmt.Errorf("look at the disk: %w", err)}
+	}
+	free := int64(st.Bavail) * st.Bsize
+	need := x.Config.MinFreeBytes + 2*x.as.Dataset.Bytes
+	if free < need {
+		return &job.Failure{Kind: job.DiskFull, Err: fmt.Errorf("%d bytes are free in %s, %d are needed", free, x.Config.DataDir, need)}
+	}
+	return nil
+}
+
+// dataset fetches the data file. Files are kept by their digest; what a path
+// held the last time is remembered by the version that Storage gives.
+func (x *run) dataset(ctx context.Context) (path, digest string, err error) {
+	d := x.as.Dataset
+	info, err := x.Storage.Info(ctx, d.Bucket, d.Path)
+	if err != nil {
+		return "", "", x.fetchFailure(ctx, fmt.Errorf("look at data set %s: %w", d.ID, err))
+	}
+	cache := filepath.Join(x.Config.DataDir, "datasets")
+	if err := os.MkdirAll(cache, 0o700); err != nil {
+		return "", "", &job.Failure{Kind: job.DiskFull, Err: fmt.Errorf("make the data-set cache: %w", err)}
+	}
+	version := sha256.Sum256([]byte(strings.Join([]string{d.Bucket, d.Path, info.ETag, fmt.Sprint(info.Bytes)}, "\x00")))
+	note := filepath.Join(cache, hex.EncodeToString(version[:])+".digest")
+	if raw, err := os.ReadFile(note); err == nil {
+		digest = strings.TrimSpace(string(raw))
+		path = filepath.Join(cache, digest+".jsonl")
+		if st, err := os.Stat(path); err == nil && st.Size() == info.Bytes {
+			x.ship.Say("info", fmt.Sprintf("data set %s is on this host already (%d bytes)", d.Name, info.Bytes), "")
+			return path, digest, nil
+		}
+	}
+	part := filepath.Join(x.dir, "data.part")
+	obj, err := x.Storage.Download(ctx, d.Bucket, d.Path, part, info.SHA256)
+	if err != nil {
+		return "", "", x.fetchFailure(ctx, fmt.Errorf("fetch data set %s: %w", d.ID, err))
+	}
+	path = filepath.Join(cache, obj.SHA256+".jsonl")
+	if err := os.Rename(part, path); err != nil {
+		return "", "", fmt.Errorf("keep data set %s: %w", d.ID, err)
+	}
+	if info.ETag != "" {
+		if err := os.WriteFile(note, []byte(obj.SHA256+"\n"), 0o600); err != nil {
+			return "", "", fmt.Errorf("note the digest of data set %s: %w", d.ID, err)
+		}
+	}
+	x.ship.Say("info", fmt.Sprintf("downloaded data set %s: %d bytes, sha256 %s", d.Name, obj.Bytes, obj.SHA256), "")
+	return path, obj.SHA256, nil
+}
+
+func (x *run) fetchFailure(ctx context.Context, err error) error {
+	if s := stopped(ctx); s != nil {
+		return s
+	}
+	if storage.IsNotFound(err) {
+		return &job.Failure{Kind: job.DatasetMissing, Message: "The data set's file is not in storage: upload it again.", Err: err}
+	}
+	return &job.Failure{Kind: job.StorageUnavailable, Err: err}
+}
+
+// checkpoint fetches the newest checkpoint of earlier attempts whose files
+// have the recorded digests, and returns its directory and step; none means
+// that training starts from the beginning.
+func (x *run) checkpoint(ctx context.Context) (dir string, step int, err error) {
+	for _, c := range x.as.Checkpoints {
+		dir = filepath.Join(x.dir, "resume", fmt.Sprintf("step-%08d", c.Step))
+		err := x.fetchCheckpoint(ctx, c, dir)
+		if err == nil {
+			x.ship.Say("info", fmt.Sprintf("going on from the checkpoint of step %d", c.Step), "resumed")
+			x.log.InfoContext(ctx, "resuming", "step", c.Step)
+			return dir, c.Step, nil
+		}
+		if s := stopped(ctx); s != nil {
+			return "", 0, s
+		}
+		if e, ok := errors.AsType[*storage.Error](err); ok && e.Retryable() {
+			return "", 0, &job.Failure{Kind: job.StorageUnavailable, Err: err}
+		}
+		// Missing or damaged: the one before it still helps.
+		x.log.WarnContext(ctx, "checkpoint not usable, trying an older one", "step", c.Step, "err", err)
+		x.ship.Say("warn", fmt.Sprintf("the checkpoint of step %d is not usable, trying an older one", c.Step), "checkpoint_skipped")
+	}
+	return "", 0, nil
+}
+
+func (x *run) fetchCheckpoint(ctx context.Context, c job.Checkpoint, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make a directory for the checkpoint of step %d: %w", c.Step, err)
+	}
+	for _, f := range c.Files {
+		if !fs.ValidPath(f.Name) {
+			return fmt.Errorf("checkpoint of step %d has a file named %q", c.Step, f.Name)
+		}
+		if _, err := x.Storage.Download(ctx, c.Bucket, c.Path+"/"+f.Name, filepath.Join(dir, f.Name), f.SHA256); err != nil {
+			return fmt.Errorf("fetch the checkpoint of step %d: %w", c.Step, err)
+		}
+	}
+	return nil
+}

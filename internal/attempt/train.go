@@ -1,0 +1,311 @@
+package attempt
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"lorayard/internal/job"
+	"lorayard/internal/metrics"
+	"lorayard/internal/ship"
+	"lorayard/internal/trainer"
+	"lorayard/internal/wire"
+)
+
+// train runs the trainer to its end and returns its result event. Checkpoints
+// go to Storage while it trains.
+func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
+	x.enter(job.StagePreparing)
+	devices := x.as.Devices
+	if x.Config.Pretend {
+		devices = nil
+	}
+	child, err := x.Trainer.Start(plan, devices, x.Config.Environ)
+	if err != nil {
+		return nil, err
+	}
+	x.log.InfoContext(ctx, "trainer started", "pid", child.PID())
+
+	var result *wire.Event
+	saved := newLatest()
+	ended := make(chan struct{})
+	g := errgroup.Group{}
+	g.Go(func() error { // the end of ctx, passed on to the child
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			if k := job.KindOf(stopped(ctx)); k == job.CancelledByUser || k == job.LeaseLost {
+				child.Kill()
+			} else {
+				child.Leave(x.Config.LeaveGrace)
+			}
+		}
+		return nil
+	})
+	// The newest checkpoint is uploaded even after the trainer left on request;
+	// only a lost lease makes it pointless.
+	uploads, stopUploads := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopUploads()
+	uploader := errgroup.Group{}
+	uploader.Go(func() error { return x.uploadCheckpoints(uploads, saved) })
+	text := errgroup.Group{}
+	text.Go(func() error {
+		x.tellText(child, ended)
+		return nil
+	})
+	for e := range child.Events() {
+		x.hear(e, saved)
+		if e.Ev == "result" {
+			result = &e.Event
+		}
+	}
+	failure := child.Wait()
+	close(ended)
+	_ = g.Wait()
+	_ = text.Wait()
+	s := stopped(ctx)
+	if k := job.KindOf(s); s != nil && (k == job.CancelledByUser || k == job.LeaseLost) {
+		stopUploads()
+	}
+	saved.close()
+	uploadErr := uploader.Wait()
+	switch {
+	case s != nil && failure != nil:
+		return nil, s
+	case failure != nil:
+		return nil, failure
+	case uploadErr != nil && job.KindOf(uploadErr) == job.LeaseLost:
+		return nil, uploadErr
+	case result == nil:
+		return nil, &job.Failure{Kind: job.Protocol, Err: fmt.Errorf("the trainer left without a result")}
+	}
+	return result, nil
+}
+
+// hear takes one event to where it belongs.
+func (x *run) hear(e trainer.Event, saved *latest) {
+	switch e.Ev {
+	case "sample", "eval", "log":
+		if err := x.ship.Accept(e.Line); err != nil {
+			x.log.Error("event not spooled", "step", e.Step, "err", err)
+		}
+	case "checkpoint":
+		saved.put(e.Event)
+	case "stage":
+		if st := job.Stage(e.Stage); st != "done" {
+			x.enter(st)
+		}
+	case "hello":
+		x.log.Info("trainer says hello", "backend", e.Backend, "device", e.Device, "python", e.Python, "libraries", e.Libraries)
+	case "plan":
+		x.ship.Say("info", fmt.Sprintf("%d examples (%d for validation), %d steps, %d tokens an epoch (%d trained on), %d trainable parameters, starting after step %d",
+			e.Examples, e.ValidationExamples, e.TotalSteps, e.TokensPerEpoch, e.LossTokensPerEpoch, e.TrainableParameters, e.StartStep), "plan")
+	case "error":
+		x.log.Warn("trainer reports an error", "kind", e.Kind, "err", e.Message)
+		x.ship.Say("error", e.Message+" "+e.Hint, e.Kind)
+	}
+	if x.board.hear(e.Event) {
+		x.ship.Show(x.board.progress(x.stage.now))
+	}
+}
+
+// tellText puts the trainer's own text into the agent's log, at a bounded rate.
+func (x *run) tellText(child *trainer.Run, ended <-chan struct{}) {
+	for {
+		select {
+		case line := <-child.Text():
+			x.log.Debug("trainer", "text", line)
+		case <-ended:
+			return
+		}
+	}
+}
+
+// enter records that the attempt is in a stage now.
+func (x *run) enter(s job.Stage) {
+	x.stage.enter(s)
+	x.ship.Show(x.board.progress(s))
+}
+
+// stageClock knows the stage and measures how long each took.
+type stageClock struct {
+	metrics *metrics.Agent
+	now     job.Stage
+	since   time.Time
+}
+
+func (c *stageClock) enter(s job.Stage) {
+	c.end()
+	c.now, c.since = s, time.Now()
+}
+
+func (c *stageClock) end() {
+	if c.now != "" {
+		c.metrics.StageSeconds.WithLabelValues(string(c.now)).Observe(time.Since(c.since).Seconds())
+	}
+}
+
+// board is the newest standing of the run, made of events.
+type board struct {
+	p         job.Progress
+	perStep   float64 // seconds, moving average
+	startStep int
+}
+
+// hear reports whether e changed what a page shows.
+func (b *board) hear(e wire.Event) bool {
+	switch e.Ev {
+	case "plan":
+		b.p.TotalSteps, b.p.TotalEpochs, b.p.Step = e.TotalSteps, int(e.Epochs), e.StartStep
+	case "sample":
+		b.p.Status = job.Running
+		b.p.Step = e.Step
+		b.p.Epoch = max(1, int(ceil(float64(e.Epoch))))
+		if !e.Skipped {
+			b.p.Loss = ship.Finite(&e.Loss)
+		}
+		b.p.LearningRate = ship.Finite(&e.LearningRate)
+		b.p.TokensPerSecond = ship.Finite(&e.TokensPerSecond)
+		if b.perStep == 0 {
+			b.perStep = float64(e.Seconds)
+		}
+		b.perStep += 0.1 * (float64(e.Seconds) - b.perStep)
+		b.p.Remaining = time.Duration(b.perStep * float64(b.p.TotalSteps-e.Step) * float64(time.Second))
+	case "eval":
+		b.p.ValidationLoss = ship.Finite(e.ValidationLoss)
+	default:
+		return false
+	}
+	if b.p.TotalSteps > 0 {
+		// 100 % belongs to a completed job.
+		b.p.Percent = min(99, 100*float64(b.p.Step)/float64(b.p.TotalSteps))
+	}
+	return true
+}
+
+func ceil(f float64) float64 {
+	n := float64(int(f))
+	if f > n {
+		return n + 1
+	}
+	return n
+}
+
+func (b *board) progress(s job.Stage) job.Progress {
+	p := b.p
+	p.Stage = s
+	if s == job.StageTraining || s == job.StageValidating || s == job.StageSaving || s == job.StageUploading {
+		p.Status = job.Running
+	}
+	if p.Status == "" {
+		p.Status = job.Initializing
+	}
+	return p
+}
+
+// latest holds the newest checkpoint that is not uploaded yet: an older one is
+// of no use once a newer one is there.
+type latest struct {
+	mu     sync.Mutex
+	event  *wire.Event
+	closed bool
+	ready  chan struct{}
+}
+
+func newLatest() *latest { return &latest{ready: make(chan struct{}, 1)} }
+
+func (l *latest) put(e wire.Event) {
+	l.mu.Lock()
+	l.event = &e
+	l.mu.Unlock()
+	l.signal()
+}
+
+func (l *latest) close() {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.signal()
+}
+
+func (l *latest) signal() {
+	select {
+	case l.ready <- struct{}{}:
+	default:
+	}
+}
+
+// take waits for a checkpoint; nil when there will be none.
+func (l *latest) take(ctx context.Context) *wire.Event {
+	for {
+		l.mu.Lock()
+		e, closed := l.event, l.closed
+		l.event = nil
+		l.mu.Unlock()
+		if e != nil || closed {
+			return e
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-l.ready:
+		}
+	}
+}
+
+// uploadCheckpoints uploads and publishes checkpoints until there are no more.
+// A failure costs a checkpoint, not the run: the next one is tried.
+func (x *run) uploadCheckpoints(ctx context.Context, saved *latest) error {
+	for {
+		e := saved.take(ctx)
+		if e == nil {
+			return nil
+		}
+		err := x.uploadCheckpoint(ctx, e)
+		if job.KindOf(err) == job.LeaseLost {
+			return err
+		}
+		if err != nil && ctx.Err() == nil {
+			x.log.WarnContext(ctx, "checkpoint not uploaded", "step", e.Step, "err", err)
+			x.ship.Say("warn", fmt.Sprintf("the checkpoint of step %d could not be uploaded", e.Step), "checkpoint_not_uploaded")
+		}
+	}
+}
+
+func (x *run) uploadCheckpoint(ctx context.Context, e *wire.Event) error {
+	ref := x.as.Ref
+	c := job.Checkpoint{
+		Step: e.Step, Epoch: float64(e.Epoch), Loss: float64(e.Loss), Bucket: artifactBucket, ManifestSHA256: e.ManifestSHA256,
+		Path: fmt.Sprintf("%s/%s/a%d-%s/step-%08d", x.as.User, ref.Job, ref.Attempt, ref.Nonce, e.Step),
+	}
+	files, err := x.put(ctx, e.Path, c.Path, withManifest(e.Path, e.Files))
+	if err != nil {
+		return err
+	}
+	c.Files = files
+	if err := x.Store.AddCheckpoint(ctx, ref, c); err != nil {
+		return err
+	}
+	x.log.InfoContext(ctx, "checkpoint published", "step", c.Step, "bytes", c.Bytes())
+	return nil
+}
+
+// withManifest adds the manifest to the files that it lists, when it is not
+// among them: a reader trusts nothing without it.
+func withManifest(dir string, files []wire.File) []wire.File {
+	const name = "manifest.json"
+	for _, f := range files {
+		if f.Name == name {
+			return files
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+		return files
+	}
+	return append(append([]wire.File(nil), files...), wire.File{Name: name})
+}

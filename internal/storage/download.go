@@ -243,3 +243,17 @@ func (s *sink) Write(p []byte) (int, error) {
 	s.err = err
 	return n, err
 }
+
+// aliveReader reports every read as progress.
+type aliveReader struct {
+	r     io.Reader
+	alive func()
+}
+
+func (r aliveReader) Read(p []byte) (int, error) {
+	n, err := r.r.Read(p)
+	if n > 0 {
+		r.alive()
+	}
+	return n, err
+}

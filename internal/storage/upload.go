@@ -1,7 +1,6 @@
 package storage
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -18,6 +17,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -195,31 +195,71 @@ func (c *Client) post(ctx context.Context, about Error, data, meta []byte, o Opt
 	return nil
 }
 
+// payload is the body of one request. The transport may still read a body when
+// its request has been answered, so the bytes belong to it until idle.
+type payload struct {
+	data  []byte
+	alive func()
+	mu    sync.Mutex
+	open  int // bodies that are not closed
+}
+
 // setBody sends data with its length: a body of unknown length escapes the
 // bucket's size limit.
-func setBody(req *http.Request, data []byte, alive func()) {
+func setBody(req *http.Request, data []byte, alive func()) *payload {
+	p := &payload{data: data, alive: alive}
 	req.ContentLength = int64(len(data))
 	req.GetBody = func() (io.ReadCloser, error) {
 		if len(data) == 0 {
 			return http.NoBody, nil
 		}
-		return io.NopCloser(aliveReader{bytes.NewReader(data), alive}), nil
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.open++
+		return &payloadReader{p: p}, nil
 	}
 	req.Body, _ = req.GetBody()
+	return p
 }
 
-// aliveReader reports every read as progress.
-type aliveReader struct {
-	r     io.Reader
-	alive func()
+// idle says that nobody reads the bytes any more.
+func (p *payload) idle() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.open == 0
 }
 
-func (r aliveReader) Read(p []byte) (int, error) {
-	n, err := r.r.Read(p)
-	if n > 0 {
-		r.alive()
+type payloadReader struct {
+	p      *payload
+	at     int
+	closed bool
+}
+
+// Read holds the lock while it touches the bytes: Close may come from another
+// goroutine.
+func (r *payloadReader) Read(b []byte) (int, error) {
+	r.p.mu.Lock()
+	defer r.p.mu.Unlock()
+	switch {
+	case r.closed:
+		return 0, http.ErrBodyReadAfterClose
+	case r.at == len(r.p.data):
+		return 0, io.EOF
 	}
-	return n, err
+	n := copy(b, r.p.data[r.at:])
+	r.at += n
+	r.p.alive()
+	return n, nil
+}
+
+func (r *payloadReader) Close() error {
+	r.p.mu.Lock()
+	defer r.p.mu.Unlock()
+	if !r.closed {
+		r.closed = true
+		r.p.open--
+	}
+	return nil
 }
 
 // ours turns "already exists" into a success when the object holds our bytes.
@@ -258,6 +298,7 @@ type resumable struct {
 	hash   hash.Hash
 	hashed int64 // so many bytes from the start went through hash
 	buf    []byte
+	sent   *payload // what was made of buf last
 
 	location string // where the parts go; empty: not created
 	offset   int64  // how many bytes the store has
@@ -459,7 +500,7 @@ func (t *resumable) part(ctx context.Context) error {
 	before := t.offset
 	req.Header.Set("Upload-Offset", strconv.FormatInt(before, 10))
 	req.Header.Set("Content-Type", "application/offset+octet-stream")
-	setBody(req, data, g.alive)
+	t.sent = setBody(req, data, g.alive)
 	resp, err := t.c.send(ctx, t.about, req)
 	if err != nil {
 		return err
@@ -493,7 +534,7 @@ func (t *resumable) take(resp *http.Response) error {
 // last part is not given out when the digest is not the announced one: what is
 // stored under a digest has it.
 func (t *resumable) read() ([]byte, error) {
-	if t.buf == nil {
+	if t.buf == nil || t.sent != nil && !t.sent.idle() {
 		t.buf = make([]byte, min(ChunkBytes, t.obj.Bytes))
 	}
 	data := t.buf[:min(int64(len(t.buf)), t.obj.Bytes-t.offset)]

@@ -1,0 +1,394 @@
+"""The torch backend: read, tokenize, load, train, save, readable top to bottom.
+
+A step is a pure function of (data digest, seed, step): its examples, its
+learning rate and its random state follow from these alone. So the state to
+save is the step, the adapter and the optimizer's moments, and a resumed run
+continues bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from lora_train import checkpoint, data, export, model, schedule
+from lora_train.failure import Failure
+from lora_train.render import Renderer, Sequence
+from lora_train.session import Session
+from lora_train.stop import Preempted
+
+CLIP = 1.0  # of the gradient's norm
+BUDGET = 8192  # padded tokens in a micro-batch
+MOST_SKIPPED = 3  # steps in a row that were not finite
+MOST_DROPPED = 0.05  # share of examples that may be too long
+SAMPLES = 3
+
+
+def run(session: Session) -> None:
+    """Train one adapter; raises Preempted or Failure."""
+    trainer = _Trainer(session)
+    trainer.read()
+    trainer.load()
+    trainer.train()
+    trainer.finish()
+
+
+@dataclass
+class _State:
+    """Where the training stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss: float = math.nan
+    validation_loss: float | None = None
+    base_validation_loss: float | None = None
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+class _Trainer:
+    def __init__(self, session: Session) -> None:
+        self.session, self.plan = session, session.plan
+        self.emit, self.stop, self.clock = session.emit, session.stop, session.clock
+        self.h = self.plan.hyperparameters
+        self.state = _State()
+        self.saved_step, self.saved_at = -1, self.clock.monotonic()
+        if self.plan.threads:
+            torch.set_num_threads(self.plan.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    # --- Reading ------------------------------------------------------------
+
+    def read(self) -> None:
+        """Read, check, render and split the data."""
+        self.emit.stage("preparing")
+        config = model.check_files(self.plan.base_model.path)
+        examples = data.read(self.plan.data.path, self.plan.data.sha256, self.stop.check)
+        train, held = data.split(examples, self.plan.validation_fraction, self.h.seed)
+        self.tokenizer = model.tokenizer_of(self.plan.base_model.path)
+        self.renderer = Renderer(self.tokenizer)
+        longest = min(self.h.max_seq_length, config.get("max_position_embeddings", 1 << 30))
+        self.train_set = self._render(train, longest)
+        self.held_set = self._render(held, longest)
+        self.per_epoch = schedule.steps_per_epoch(len(self.train_set), self.h.batch_size)
+        self.total = self.per_epoch * self.h.epochs
+        self.samples = [self.renderer.decode(s) for s in self.train_set[:SAMPLES]]
+        for text in self.samples:
+            self.emit.log("info", text, "training_sample")
+
+    def _render(self, examples: list[data.Example], longest: int) -> list[Sequence]:
+        out: list[Sequence] = []
+        dropped: list[int] = []
+        for e in examples:
+            self.stop.check()
+            s = self.renderer.render(e, longest)
+            if s is None or s.loss_tokens == 0:
+                dropped.append(e.line)
+            else:
+                out.append(s)
+        if dropped:
+            lines = ", ".join(map(str, dropped[:10])) + (", ..." if len(dropped) > 10 else "")
+            said = f"{len(dropped)} of {len(examples)} examples are longer than {longest} tokens"
+            if len(dropped) > MOST_DROPPED * len(examples):
+                raise Failure(
+                    "dataset_invalid",
+                    f"{said} (lines {lines})",
+                    "Raise max_seq_length or shorten these examples.",
+                )
+            self.emit.log("warn", f"{said} and are left out (lines {lines})", "dropped")
+        return out
+
+    # --- Loading ------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the model, put the adapter on it, resume."""
+        self.emit.stage("loading_model")
+        self.stop.check()
+        self.model = model.load(self.plan)
+        self.parameters = model.trainable(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=0.0, weight_decay=self.h.weight_decay
+        )
+        self._resume()
+        self.emit.send(
+            "plan",
+            total_steps=self.total,
+            epochs=self.h.epochs,
+            start_step=self.state.step,
+            examples=len(self.train_set),
+            validation_examples=len(self.held_set),
+            sequences=len(self.train_set),
+            tokens_per_epoch=sum(len(s.tokens) for s in self.train_set),
+            loss_tokens_per_epoch=sum(s.loss_tokens for s in self.train_set),
+            trainable_parameters=sum(p.numel() for p in self.parameters.values()),
+            data_sha256=self.plan.data.sha256,
+            base_model=self.plan.base_model.name,
+        )
+
+    def _resume(self) -> None:
+        if self.plan.resume_from is None:
+            return
+        found = checkpoint.newest(self.plan.resume_from, self.plan.checkpoints, self._damaged)
+        if found is None:
+            self.emit.log("warn", "no checkpoint verifies: starting again", "resume_lost")
+            return
+        if found.manifest.get("fingerprint") != self._fingerprint():
+            self.emit.log(
+                "warn", "the checkpoint is of another plan: starting again", "resume_lost"
+            )
+            return
+        adapter = load_tensors((found.path / "adapter.safetensors").read_bytes())
+        moments = load_tensors((found.path / "optimizer.safetensors").read_bytes())
+        saved = json.loads((found.path / "state.json").read_text())
+        updates = saved.pop("updates")
+        self.state = _State(**saved)
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(adapter[name])
+                if updates:
+                    self.optimizer.state[p] = {
+                        "step": torch.tensor(float(updates)),
+                        "exp_avg": moments[f"{name}.exp_avg"].to(p.device),
+                        "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(p.device),
+                    }
+        self.saved_step = self.emit.last_checkpoint_step = self.state.step
+
+    def _damaged(self, why: str) -> None:
+        self.emit.log("warn", f"checkpoint not used: {why}", "checkpoint_damaged")
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to fit."""
+        return {
+            "backend": "torch",
+            "data": self.plan.data.sha256,
+            "base_model": self.plan.base_model.name,
+            "validation_fraction": self.plan.validation_fraction,
+            **asdict(self.h),
+        }
+
+    # --- Training -----------------------------------------------------------
+
+    def train(self) -> None:
+        """The steps; a wish to leave costs at most the one in progress."""
+        try:
+            if self.state.step == 0 and self.held_set:
+                self.state.base_validation_loss = self._validation_loss()
+            self.emit.stage("training")
+            for step in range(self.state.step + 1, self.total + 1):
+                self._step(step)
+                if step % self.per_epoch == 0 and self.held_set:
+                    self._evaluate()
+                if self._due():
+                    self._save()
+        except Preempted:
+            if self.state.step > max(0, self.saved_step):
+                self._save()
+            raise
+
+    def _examples(self, step: int) -> list[Sequence]:
+        epoch, place = divmod(step - 1, self.per_epoch)
+        order = schedule.order(self.plan.data.sha256, self.h.seed, epoch, len(self.train_set))
+        size = self.h.batch_size
+        return [self.train_set[i] for i in order[place * size : (place + 1) * size]]
+
+    def _step(self, step: int) -> None:
+        """One optimizer step over exactly batch_size examples."""
+        began = self.clock.monotonic()
+        batch = self._examples(step)
+        tokens = sum(len(s.tokens) for s in batch)
+        loss_tokens = sum(s.loss_tokens for s in batch)
+        rate = schedule.learning_rate(self.h.learning_rate, step, self.total, self.h.warmup_steps)
+        torch.manual_seed(schedule.step_seed(self.h.seed, step))
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for group in schedule.micro_batches([len(s.tokens) for s in batch], BUDGET):
+            self.stop.check()
+            part = self._nll([batch[i] for i in group]) / loss_tokens
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP).item()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            for settings in self.optimizer.param_groups:
+                settings["lr"] = rate
+            self.optimizer.step()
+        seconds = self.clock.monotonic() - began
+        self._account(step, loss, finite, tokens, seconds)
+        self.emit.send(
+            "sample",
+            step=step,
+            epoch=self._epoch(),
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=tokens,
+            loss_tokens=loss_tokens,
+            tokens_per_second=round(tokens / max(seconds, 1e-9), 3),
+            seconds=round(seconds, 6),
+            skipped=not finite,
+        )
+        if self.state.skipped_in_a_row >= MOST_SKIPPED:
+            raise Failure("diverged", f"{MOST_SKIPPED} steps in a row were not finite")
+
+    def _account(self, step: int, loss: float, finite: bool, tokens: int, seconds: float) -> None:
+        st = self.state
+        st.step, st.tokens, st.seconds = step, st.tokens + tokens, st.seconds + seconds
+        st.skipped += not finite
+        st.skipped_in_a_row = 0 if finite else st.skipped_in_a_row + 1
+        if finite:
+            st.loss = loss
+            st.curve.append((step, loss))
+        self.emit.step_now = step
+        self.emit.alive()
+
+    def _nll(self, batch: list[Sequence]) -> torch.Tensor:
+        """Summed negative log likelihood of the trained tokens, in nats."""
+        width = max(len(s.tokens) for s in batch)
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        labels = torch.full((len(batch), width), -100, dtype=torch.long)
+        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, s in enumerate(batch):
+            ids = torch.tensor(s.tokens)
+            tokens[row, : len(ids)] = ids
+            mask[row, : len(ids)] = 1
+            labels[row, : len(ids)] = torch.where(torch.tensor(s.trained), ids, -100)
+        device = self.plan.device
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            logits = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
+        # The head's output is only needed where something is predicted.
+        wanted = labels[:, 1:].reshape(-1)
+        keep = (wanted != -100).nonzero().squeeze(1)
+        picked = logits[:, :-1].reshape(-1, logits.shape[-1])[keep.to(device)]
+        return F.cross_entropy(picked.float(), wanted[keep].to(device), reduction="sum")
+
+    def _epoch(self) -> float:
+        return round(self.state.step / self.per_epoch, 6)
+
+    def _validation_loss(self) -> float:
+        self.emit.stage("validating")
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for group in schedule.micro_batches([len(s.tokens) for s in self.held_set], BUDGET):
+                self.stop.check()
+                total += self._nll([self.held_set[i] for i in group]).item()
+                count += sum(self.held_set[i].loss_tokens for i in group)
+                self.emit.alive()
+        return total / count
+
+    def _evaluate(self) -> None:
+        loss = self._validation_loss()
+        self.state.validation_loss = loss
+        self.emit.send(
+            "eval",
+            step=self.state.step,
+            epoch=self._epoch(),
+            validation_loss=loss,
+            perplexity=_perplexity(loss),
+            tokens=sum(len(s.tokens) for s in self.held_set),
+            loss=self.state.loss,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+        )
+        if self.state.step < self.total:
+            self.emit.stage("training")
+
+    # --- Saving -------------------------------------------------------------
+
+    def _due(self) -> bool:
+        step = self.state.step
+        if step == self.total or self.stop.take_checkpoint_wish():
+            return True
+        every = self.plan.checkpoint_every_steps
+        if every and step % every == 0:
+            return True
+        seconds = self.plan.checkpoint_every_seconds
+        return seconds > 0 and self.clock.monotonic() - self.saved_at >= seconds
+
+    def _save(self) -> None:
+        """Write and announce a checkpoint of the last whole step."""
+        stage, step = self.emit.stage_now, self.state.step
+        self.emit.stage("saving")
+        moments, updates = {}, 0
+        for name, p in self.parameters.items():
+            if s := self.optimizer.state.get(p):
+                moments[f"{name}.exp_avg"] = s["exp_avg"].cpu().contiguous()
+                moments[f"{name}.exp_avg_sq"] = s["exp_avg_sq"].cpu().contiguous()
+                updates = int(s["step"])
+        adapter = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
+        state = {**asdict(self.state), "updates": updates}
+        saved = checkpoint.write(
+            self.plan.checkpoints / checkpoint.directory_name(step),
+            step,
+            {
+                "adapter.safetensors": save_tensors(adapter),
+                "optimizer.safetensors": save_tensors(moments),
+                "state.json": json.dumps(state).encode(),
+            },
+            {"fingerprint": self._fingerprint()},
+            self.stop.check_twice,
+        )
+        checkpoint.prune(self.plan.checkpoints, self.plan.keep_checkpoints, step)
+        self.saved_step, self.saved_at = step, self.clock.monotonic()
+        self.emit.last_checkpoint_step = step
+        self.emit.send(
+            "checkpoint",
+            step=step,
+            epoch=self._epoch(),
+            loss=self.state.loss,
+            path=saved.path,
+            manifest_sha256=saved.manifest_sha256,
+            bytes=saved.bytes,
+            files=[f.plain() for f in saved.files],
+            final=step == self.total,
+        )
+        if step < self.total and stage == "training":
+            self.emit.stage("training")
+
+    def finish(self) -> None:
+        """Write the adapter and say that all is done."""
+        self.emit.stage("saving")
+        st = self.state
+        report = {
+            "steps": st.step,
+            "epochs": self.h.epochs,
+            "examples": len(self.train_set),
+            "validation_examples": len(self.held_set),
+            "tokens": st.tokens,
+            "seconds": round(st.seconds, 3),
+            "skipped_steps": st.skipped,
+            "training_loss": st.loss if math.isfinite(st.loss) else None,
+            "validation_loss": st.validation_loss,
+            "base_validation_loss": st.base_validation_loss,
+            "hyperparameters": asdict(self.h),
+            "curve": st.curve,
+        }
+        saved = export.write(self.plan, self.model, self.tokenizer, self.samples, report)
+        self.emit.send(
+            "result",
+            path=saved.path,
+            files=[f.plain() for f in saved.files],
+            steps=st.step,
+            epochs=float(self.h.epochs),
+            training_loss=st.loss,
+            validation_loss=st.validation_loss,
+            perplexity=None if st.validation_loss is None else _perplexity(st.validation_loss),
+            base_validation_loss=st.base_validation_loss,
+            tokens=st.tokens,
+            seconds=round(st.seconds, 6),
+        )
+        self.emit.stage("done")
+
+
+def _perplexity(loss: float) -> float:
+    """e to the loss; infinite when that does not fit a double."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,143 @@
+"""What several tests need: a plan, the small base model, a run in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "testdata" / "demo.jsonl"
+
+
+def make_plan(run_dir: Path, data: Path, model: Path, **over: Any) -> dict[str, Any]:
+    """A plan as the agent writes it; `hyper` and `dry` entries are laid over the defaults."""
+    hyper = {
+        "learning_rate": 0.01,
+        "batch_size": 4,
+        "epochs": 2,
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.1,
+        "max_seq_length": 512,
+        "seed": 42,
+        **over.pop("hyper", {}),
+    }
+    return {
+        "v": 1,
+        "job": "6e2f6d0e-0000-4000-8000-000000000001",
+        "attempt": 1,
+        "backend": "torch",
+        "run_dir": str(run_dir),
+        "device": "cpu",
+        "base_model": {"name": "lorayard/demo-llama", "path": str(model)},
+        "data": {"path": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest()},
+        "hyperparameters": hyper,
+        "validation_fraction": 0.2,
+        "checkpoint_every_steps": 2,
+        "checkpoint_every_seconds": 0,
+        "threads": 1,
+        **over,
+    }
+
+
+class Run:
+    """One trainer process and what it said."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.dir = Path(plan["run_dir"])
+        self.dir.mkdir(parents=True, exist_ok=True)
+        path = self.dir / "plan.json"
+        path.write_text(json.dumps(plan))
+        self.read, write = os.pipe()
+        with open(self.dir / "stderr.txt", "w") as stderr:
+            self.process = subprocess.Popen(
+                [
+                    "bash",
+                    "-c",
+                    f"exec {sys.executable} -m lora_train --plan {path} 3>&{write} {write}>&-",
+                ],
+                cwd=ROOT,
+                pass_fds=[write],
+                stderr=stderr,
+            )
+        os.close(write)
+
+    def finish(self, on: Callable[[Run, dict[str, Any]], None] | None = None) -> int:
+        """Read events to their end, letting `on` act on each; returns the exit code."""
+        self.events: list[dict[str, Any]] = []
+        with os.fdopen(self.read) as lines:
+            for line in lines:
+                event = json.loads(line)
+                self.events.append(event)
+                if on is not None:
+                    on(self, event)
+        return self.process.wait()
+
+    def of(self, ev: str) -> list[dict[str, Any]]:
+        """The events of one kind."""
+        return [e for e in self.events if e["ev"] == ev]
+
+    def losses(self) -> dict[int, str]:
+        """Loss by step, to the last bit."""
+        return {e["step"]: float(e["loss"]).hex() for e in self.of("sample")}
+
+    def adapter(self) -> str:
+        """The digest of the final weights."""
+        files = self.of("result")[0]["files"]
+        return next(f["sha256"] for f in files if f["name"] == "adapter_model.safetensors")
+
+
+def at_step(step: int, number: signal.Signals) -> Callable[[Run, dict[str, Any]], None]:
+    """Signal the trainer when it has done a step."""
+
+    def act(run: Run, event: dict[str, Any]) -> None:
+        if event["ev"] == "sample" and event["step"] == step:
+            run.process.send_signal(number)
+
+    return act
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few thousand parameters with a tokenizer of its own."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from lora_train import demo_model
+
+    where = tmp_path_factory.mktemp("model")
+    made = where / "demo"
+    subprocess.run(
+        [sys.executable, "-m", "lora_train.demo_model", "--out", str(made), "--data", str(DEMO)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    assert demo_model.__doc__
+    # The same tokenizer on a much smaller model: the tests are about exactness.
+    tiny = where / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(made, local_files_only=True)
+    tokenizer.save_pretrained(tiny)
+    import torch
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tiny)
+    return tiny

@@ -226,3 +226,288 @@ func TestAJobWithTheDryBackend(t *testing.T) {
 		t.Errorf("notifications: %s", got)
 	}
 }
+
+// torchModel makes the demo's base model in the stack.
+func (s *stack) torchModel(data string) {
+	s.t.Helper()
+	place := filepath.Join(s.Models(), filepath.FromSlash(model))
+	s.must(os.MkdirAll(filepath.Dir(place), 0o755))
+	cmd := exec.Command(s.Python, "-m", "lora_train.demo_model", "--out", place, "--data", data)
+	cmd.Dir = s.TrainerDir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.t.Fatalf("make the base model: %v\n%s", err, out)
+	}
+}
+
+// The whole path with the real trainer, and everything that may befall it: the
+// agent is killed in mid-training, Redis is flushed and restarted, another
+// agent goes on from the newest checkpoint.
+func TestARealJobSurvivesItsAgent(t *testing.T) {
+	s := start(t)
+	data := filepath.Join(s.TrainerDir, "testdata", "demo.jsonl")
+	s.torchModel(data)
+	s.dispatcher("dispatcher")
+	first := s.agent("host-1")
+	user, set := s.dataset(data)
+	id := s.insert(user, set, map[string]any{"epochs": 2})
+
+	s.until("a checkpoint", `SELECT count(*) > 0 FROM checkpoints WHERE job_id = $1 AND step >= 3`, id)
+	pid := s.text(`SELECT string_agg(attempt::text, ',') FROM lorayard.attempts WHERE job_id = $1`, id)
+	if pid != "1" {
+		t.Fatalf("attempts: %s", pid)
+	}
+	first.Kill()
+	s.must(s.Redis.FlushAll(t.Context()))
+	s.must(s.Redis.Restart(t.Context()))
+	s.agent("host-2")
+	s.status(id, "completed")
+
+	if got := s.text(`SELECT string_agg(attempt || ' ' || agent_id || ' ' || outcome, ', ' ORDER BY attempt) FROM lorayard.attempts WHERE job_id = $1`, id); got != "1 host-1 lost, 2 host-2 completed" {
+		t.Errorf("attempts: %s", got)
+	}
+	if s.text(`SELECT resume_step >= 3 FROM lorayard.attempts WHERE job_id = $1 AND attempt = 2`, id) != "t" {
+		t.Error("attempt 2 began anew")
+	}
+	if got := s.text(`SELECT count(*) = max(step) AND min(step) = 1 AND max(step) = (SELECT total_steps FROM training_jobs WHERE id = $1) FROM metrics_points WHERE job_id = $1`, id); got != "t" {
+		t.Errorf("a metrics row is missing: %s", s.text(`SELECT string_agg(step::text, ',' ORDER BY step) FROM metrics_points WHERE job_id = $1`, id))
+	}
+	if got := s.text(`SELECT string_agg(type || ':' || n, ' ' ORDER BY type) FROM (SELECT type, count(*) AS n FROM notifications WHERE user_id = $1 GROUP BY type) x`, user); got != "artifact_ready:1 job_completed:1 job_started:1" {
+		t.Errorf("notifications: %s", got)
+	}
+	// The bill, computed here from the intervals and the rate card.
+	var seconds, amount float64
+	s.must(s.Pool.QueryRow(t.Context(), `SELECT sum(extract(epoch FROM upper(during) - lower(during)))::float8 FROM lorayard.usage_intervals WHERE job_id = $1 AND attempt = 2`, id).Scan(&seconds))
+	s.must(s.Pool.QueryRow(t.Context(), `SELECT amount::float8 FROM cost_records WHERE job_id = $1`, id).Scan(&amount))
+	if want := 3.50 * seconds / 3600; amount < want-0.0051 || amount > want+0.0051 {
+		t.Errorf("billed $%.2f for %.1f GPU seconds at $3.50 an hour, want $%.4f", amount, seconds, want)
+	}
+	s.loadsWithPeft(id)
+}
+
+// loadsWithPeft downloads the artifact as the app does and puts it on the base
+// model with peft.
+func (s *stack) loadsWithPeft(id string) {
+	s.t.Helper()
+	dir := s.t.TempDir()
+	rows, err := s.Pool.Query(s.t.Context(), `SELECT a.key, a.value, f ->> 'sha256' FROM model_artifacts m, jsonb_each_text(m.artifacts) a, jsonb_array_elements(m.training_summary -> 'files') f
+		WHERE m.job_id = $1 AND f ->> 'name' = a.key`, id)
+	s.must(err)
+	type file struct{ Name, Path, SHA256 string }
+	files, err := pgx.CollectRows(rows, pgx.RowToStructByPos[file])
+	s.must(err)
+	if len(files) < 5 {
+		s.t.Fatalf("the artifact has %d files", len(files))
+	}
+	for _, f := range files {
+		_, err := s.Store.Download(s.t.Context(), "lora-models", f.Path, filepath.Join(dir, f.Name), f.SHA256)
+		s.must(err)
+	}
+	const load = `
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)
+x = torch.arange(16).unsqueeze(0)
+before = base(input_ids=x).logits
+after = PeftModel.from_pretrained(base, sys.argv[2])(input_ids=x).logits
+sys.exit(0 if torch.isfinite(after).all() and not torch.equal(before, after) else 3)
+`
+	out, err := exec.Command(s.Python, "-c", load, filepath.Join(s.Models(), filepath.FromSlash(model)), dir).CombinedOutput()
+	if err != nil {
+		s.t.Errorf("peft does not load the adapter: %v\n%s", err, out)
+	}
+}
+
+func TestCancellingTheRowStopsTheTrainer(t *testing.T) {
+	s := start(t, dry(2000, 100*time.Millisecond)...)
+	s.fakeModel()
+	s.dispatcher("dispatcher")
+	s.agent("host-1")
+	user, data := s.dataset(s.write("talks.jsonl", strings.Repeat(oneTalk, 20)))
+	id := s.insert(user, data, nil)
+	s.until("training", `SELECT status = 'running' AND current_step > 2 FROM training_jobs WHERE id = $1`, id)
+	if n := trainers(t, id); n == 0 {
+		t.Fatal("no trainer runs")
+	}
+	done, err := s.Cancel(t.Context(), user, id)
+	if err != nil || !done {
+		t.Fatalf("cancel: %t, %v", done, err)
+	}
+	s.status(id, "cancelled")
+	// Settled means that the process group was gone before.
+	if n := trainers(t, id); n != 0 {
+		t.Errorf("%d trainers of a cancelled job are alive", n)
+	}
+	if got := s.text(`SELECT count(*) FROM model_artifacts`); got != "0" {
+		t.Error("a cancelled job has an artifact")
+	}
+	var seconds float64
+	s.must(s.Pool.QueryRow(t.Context(), `SELECT extract(epoch FROM a.ended_at - t.completed_at)::float8 FROM lorayard.attempts a JOIN training_jobs t ON t.id = a.job_id`).Scan(&seconds))
+	t.Logf("cancel to settled: %.2f s", seconds)
+}
+
+// trainers counts the trainer processes of a job by their command line.
+func trainers(t *testing.T, id string) (n int) {
+	t.Helper()
+	found, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range found {
+		raw, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(raw), id) && strings.Contains(string(raw), "lora_train") {
+			n++
+		}
+	}
+	return n
+}
+
+func TestADrainedAgentHandsItsJobBack(t *testing.T) {
+	s := start(t, dry(60, 100*time.Millisecond)...)
+	s.fakeModel()
+	s.dispatcher("dispatcher")
+	first := s.agent("host-1")
+	user, data := s.dataset(s.write("talks.jsonl", strings.Repeat(oneTalk, 20)))
+	id := s.insert(user, data, nil)
+	s.until("training", `SELECT current_step > 5 FROM training_jobs WHERE id = $1`, id)
+	s.must(first.Stop(30 * time.Second))
+	s.agent("host-2")
+	s.status(id, "completed")
+	if got := s.text(`SELECT string_agg(agent_id || ' ' || outcome || ' ' || (resume_step > 5), ', ' ORDER BY attempt) FROM lorayard.attempts WHERE job_id = $1`, id); got != "host-1 handed_back false, host-2 completed true" {
+		t.Errorf("attempts: %s", got)
+	}
+}
+
+func TestBadJobsFailInWords(t *testing.T) {
+	s := start(t)
+	s.fakeModel()
+	s.dispatcher("dispatcher")
+	user, data := s.dataset(s.write("talks.jsonl", oneTalk))
+	stranger, theirs := s.dataset(s.write("talks.jsonl", oneTalk))
+	if stranger == user {
+		t.Fatal("two users are one")
+	}
+	good := devstack.Job{User: user, Dataset: data, Preset: "fast", Hyperparameters: map[string]any{}, GPUConfig: map[string]any{"type": "H100", "count": 1}}
+	for name, c := range map[string]struct {
+		change func(*devstack.Job)
+		words  string
+	}{
+		"unknown preset": {func(j *devstack.Job) { j.Preset = "turbo" }, "use fast, balanced, quality or custom"},
+		"rank 0":         {func(j *devstack.Job) { j.Hyperparameters = map[string]any{"rank": 0} }, "rank is 0"},
+		"9 GPUs":         {func(j *devstack.Job) { j.GPUConfig = map[string]any{"type": "H100", "count": 9} }, "from 1 to 8"},
+		"foreign model":  {func(j *devstack.Job) { j.Hyperparameters = map[string]any{"base_model": "../../etc/passwd"} }, "choose one of"},
+	} {
+		j := good
+		c.change(&j)
+		id, err := s.Insert(t.Context(), j)
+		s.must(err)
+		s.status(id, "failed")
+		if got := s.text(`SELECT error_message FROM training_jobs WHERE id = $1`, id); !strings.Contains(got, c.words) {
+			t.Errorf("%s: %q does not say %q", name, got, c.words)
+		}
+		if got := s.text(`SELECT count(*) FROM notifications WHERE type = 'job_failed' AND metadata ->> 'job_id' = $1`, id); got != "1" {
+			t.Errorf("%s: %s notifications", name, got)
+		}
+	}
+	j := good
+	j.Dataset = theirs
+	if _, err := s.Insert(t.Context(), j); err == nil || !strings.Contains(err.Error(), "not yours") {
+		t.Errorf("a job on a foreign data set: %v", err)
+	}
+	// Rows that the app's server inserts are looked at again.
+	for name, c := range map[string]struct{ set, hyper, words string }{
+		"foreign data set": {theirs, `{}`, "choose one of your own"},
+		"not an object":    {data, `[1]`, "hyperparameters is a list"},
+		"deleted data set": {s.text(`INSERT INTO datasets (user_id, name, storage_path, file_name, status, deleted_at) VALUES ($1, 'x', 'gone', 'x', 'ready', now()) RETURNING id`, user), `{}`, "was deleted"},
+	} {
+		id := s.text(`INSERT INTO training_jobs (user_id, dataset_id, preset_id, hyperparameters, gpu_config, total_epochs, estimated_total_cost)
+			VALUES ($1, $2, 'fast', $3::jsonb, '{}', 1, 1) RETURNING id`, user, c.set, c.hyper)
+		s.status(id, "failed")
+		if got := s.text(`SELECT error_message FROM training_jobs WHERE id = $1`, id); !strings.Contains(got, c.words) {
+			t.Errorf("%s: %q does not say %q", name, got, c.words)
+		}
+	}
+}
+
+func TestBadDataFilesFailInWords(t *testing.T) {
+	s := start(t)
+	s.torchModel(filepath.Join(s.TrainerDir, "testdata", "demo.jsonl"))
+	s.dispatcher("dispatcher")
+	s.agent("host-1")
+	missing, err := s.User(t.Context())
+	s.must(err)
+	jobs := map[string]string{} // id → words
+	for content, words := range map[string]string{
+		"":                                      "the file is empty",
+		"\xff\xfe\x00":                          "not text in UTF-8",
+		strings.Repeat(oneTalk, 12) + "{oops\n": "line 13 is not JSON",
+		`{"messages":[{"role":"user","content":"x"}]}` + "\n": "no assistant text",
+	} {
+		user, data := s.dataset(s.write("bad.jsonl", content))
+		jobs[s.insert(user, data, nil)] = words
+	}
+	set := s.text(`INSERT INTO datasets (user_id, name, storage_path, file_name, status) VALUES ($1, 'x', $1 || '/nowhere/x.jsonl', 'x.jsonl', 'ready') RETURNING id`, missing)
+	jobs[s.insert(missing, set, nil)] = "upload it again"
+	for id, words := range jobs {
+		s.status(id, "failed")
+		if got := s.text(`SELECT error_message FROM training_jobs WHERE id = $1`, id); !strings.Contains(got, words) {
+			t.Errorf("%q does not say %q", got, words)
+		}
+		if got := s.text(`SELECT coalesce(sum(amount), 0) FROM cost_records WHERE job_id = $1`, id); got != "0" {
+			t.Errorf("a job that trained nothing was billed %s", got)
+		}
+	}
+}
+
+// Whatever happens, no key of ours is in a log or in the trainer's sight.
+func TestNoSecretLeaves(t *testing.T) {
+	s := start(t, dry(40, 50*time.Millisecond)...)
+	s.fakeModel()
+	s.dispatcher("dispatcher")
+	s.agent("host-1")
+	user, data := s.dataset(s.write("talks.jsonl", strings.Repeat(oneTalk, 20)))
+	id := s.insert(user, data, nil)
+	s.until("training", `SELECT current_step > 2 FROM training_jobs WHERE id = $1`, id)
+	secrets := []string{s.SupabaseKey, password(s.DatabaseURL), password(s.RedisURL)}
+	environs, err := filepath.Glob("/proc/[0-9]*/environ")
+	s.must(err)
+	looked := 0
+	for _, path := range environs {
+		cmdline, err := os.ReadFile(filepath.Join(filepath.Dir(path), "cmdline"))
+		if err != nil || !strings.Contains(string(cmdline), id) {
+			continue
+		}
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		looked++
+		for _, secret := range secrets {
+			if strings.Contains(string(raw), secret) {
+				t.Errorf("a secret is in the environment of %s", strings.ReplaceAll(string(cmdline), "\x00", " "))
+			}
+		}
+	}
+	if looked == 0 {
+		t.Error("no trainer was looked at")
+	}
+	s.status(id, "completed")
+	logs, err := filepath.Glob(filepath.Join(s.Dir, "*.log"))
+	s.must(err)
+	for _, path := range logs {
+		raw, err := os.ReadFile(path)
+		s.must(err)
+		for _, secret := range secrets {
+			if strings.Contains(string(raw), secret) {
+				t.Errorf("a secret is in %s", filepath.Base(path))
+			}
+		}
+	}
+}
+
+func password(rawURL string) string {
+	_, rest, _ := strings.Cut(rawURL, "://")
+	userinfo, _, _ := strings.Cut(rest, "@")
+	_, pass, _ := strings.Cut(userinfo, ":")
+	return pass
+}

@@ -152,9 +152,8 @@ func (c *stageClock) end() {
 
 // board is the newest standing of the run, made of events.
 type board struct {
-	p         job.Progress
-	perStep   float64 // seconds, moving average
-	startStep int
+	p       job.Progress
+	perStep float64 // seconds, moving average
 }
 
 // hear reports whether e changed what a page shows.

@@ -182,6 +182,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    special: dict[str, Any] = {
+        f"{role}_token_id": tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{role}_token"))
+        for role in ("bos", "eos", "pad")
+    }
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=192,
@@ -191,9 +195,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) 
         num_key_value_heads=6,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
     with _repeatable(seed):
         model = LlamaForCausalLM(config)

@@ -15,13 +15,13 @@ func itoa(n int64) string { return strconv.FormatInt(n, 10) }
 var sizeWithUnit = regexp.MustCompile(`(?i)^([0-9]+(?:\.[0-9]+)?)(gb|mb|kb|b)$`)
 
 // bucketBody is what a client sends about a bucket. A field that is not there
-// leaves the setting as it is.
+// leaves the setting as it is, null takes it away.
 type bucketBody struct {
-	ID        string           `json:"id"`
-	Name      string           `json:"name"`
-	Public    *bool            `json:"public"`
-	SizeLimit *json.RawMessage `json:"file_size_limit"`
-	MimeTypes *[]string        `json:"allowed_mime_types"`
+	ID        string          `json:"id"`
+	Name      string          `json:"name"`
+	Public    *bool           `json:"public"`
+	SizeLimit json.RawMessage `json:"file_size_limit"`
+	MimeTypes json.RawMessage `json:"allowed_mime_types"`
 }
 
 func (b bucketBody) apply(to *bucket, max int64) error {
@@ -29,10 +29,14 @@ func (b bucketBody) apply(to *bucket, max int64) error {
 		to.Public = *b.Public
 	}
 	if b.MimeTypes != nil {
-		to.AllowedMimeTypes = *b.MimeTypes
+		var types []string
+		if err := json.Unmarshal(b.MimeTypes, &types); err != nil {
+			return badRequest("body/allowed_mime_types must be array,null")
+		}
+		to.AllowedMimeTypes = types
 	}
 	if b.SizeLimit != nil {
-		limit, err := sizeLimit(*b.SizeLimit)
+		limit, err := sizeLimit(b.SizeLimit)
 		if err != nil {
 			return err
 		}

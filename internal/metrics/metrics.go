@@ -26,6 +26,7 @@ type Agent struct {
 	UploadBytes   prometheus.Counter       // bytes put into Storage
 	StageSeconds  *prometheus.HistogramVec // stage: seconds an attempt spent in it
 	TokensPerSec  prometheus.Gauge         // sum over running attempts
+	QueueGate     prometheus.Gauge         // 1: tasks come by wake-up; 0: by polling, or Redis was never there
 }
 
 // Dispatcher holds the dispatcher's instruments.
@@ -61,6 +62,7 @@ func NewAgent() *Agent {
 	m.UploadBytes = counter(m.reg, "lorayard_agent_upload_bytes_total", "Bytes put into Storage.")
 	m.StageSeconds = histogramVec(m.reg, "lorayard_agent_stage_seconds", "Time that attempts spent in a stage.", []float64{.1, .5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400}, "stage")
 	m.TokensPerSec = gauge(m.reg, "lorayard_agent_trainer_tokens_per_second", "Training throughput, summed over running attempts.")
+	m.QueueGate = gauge(m.reg, "lorayard_agent_queue_gate_active", "1 while tasks come by wake-up; 0 while Redis is polled, because Asynq changed, or was not reached yet.")
 	return m
 }
 

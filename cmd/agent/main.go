@@ -22,7 +22,6 @@ import (
 	"lorayard/internal/daemon"
 	"lorayard/internal/gpu"
 	"lorayard/internal/gpu/nvml"
-	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 	"lorayard/internal/proc"
 	"lorayard/internal/queue"
@@ -179,7 +178,17 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		daemon.Ops(s.OpsAddr, m.Handler(), a.Ready),
 		daemon.Part{Name: "agent", Run: a.Run},
 		daemon.Part{Name: "queue", Run: func(ctx context.Context) error {
-			return queue.Serve(ctx, s.RedisURL.Reveal(), s.ID, log, func(ctx context.Context, t job.Task) error { return a.Accept(ctx, t) })
+			return queue.Serve(ctx, queue.Server{
+				URL: s.RedisURL.Reveal(), Agent: s.ID, Concurrency: 2*len(devices) + 4, Log: log,
+				Admit:  func() bool { return a.Ready() == nil },
+				Accept: a.Accept,
+				GateActive: func(active bool) {
+					m.QueueGate.Set(0)
+					if active {
+						m.QueueGate.Set(1)
+					}
+				},
+			})
 		}},
 	)
 }

@@ -3,6 +3,8 @@
 // which attempt to accept. The truth is in Postgres, so a task may be lost,
 // doubled, late or brought back from an old snapshot: an attempt that is not
 // accepted is sent again, and the accept is fenced.
+//
+//	Client.Send ─ enqueue, PUBLISH ─► Redis ─ wake ─► gate ─ dequeue ─► Accept
 package queue
 
 import (
@@ -10,11 +12,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
+	"golang.org/x/sync/errgroup"
 
 	"lorayard/internal/job"
 )
@@ -22,36 +26,30 @@ import (
 // acceptTask is Asynq's type name of our only kind of task.
 const acceptTask = "lorayard:accept"
 
-// queueOf names the queue of one agent. A queue per agent, because placement
-// has chosen the host before anything is sent.
+// allQueues is the set in which Asynq's tools look for queues.
+const allQueues = "asynq:queues"
+
+// queueOf names the queue of one agent.
 func queueOf(agent string) string { return "agent:" + agent }
+
+// wakeOf names the channel on which an agent is told to look into its queue.
+func wakeOf(agent string) string { return "lorayard:wake:" + agent }
 
 // Client sends tasks.
 type Client struct {
-	rdb   redis.UniversalClient
+	rdb   *redis.Client
 	asynq *asynq.Client
 }
 
 // Dial prepares a client for a redis:// or rediss:// URL. It does not wait for
 // Redis: a dispatcher starts and serves while Redis is away.
 func Dial(url string) (*Client, error) {
-	rdb, err := open(url)
+	o, err := options(url)
 	if err != nil {
 		return nil, err
 	}
+	rdb := sender(*o)
 	return &Client{rdb: rdb, asynq: asynq.NewClientFromRedisClient(rdb)}, nil
-}
-
-func open(url string) (*redis.Client, error) {
-	o, err := redis.ParseURL(url)
-	if err != nil {
-		return nil, errors.New("parse the Redis URL: it is not of the form redis://[:password@]host:port/number")
-	}
-	o.DialTimeout = 2 * time.Second
-	o.ReadTimeout = 2 * time.Second
-	o.WriteTimeout = 2 * time.Second
-	o.ContextTimeoutEnabled = true
-	return redis.NewClient(o), nil
 }
 
 // Close closes the connections.
@@ -67,84 +65,116 @@ func (c *Client) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Send puts t on the agent's queue. The id has the send count in it: an
-// archived task of an earlier send would block its own re-send for 90 days.
-// Sending the same again is not an error.
+// Send is a task and the agent that it is for.
+type Send struct {
+	Agent string
+	Task  job.Task
+}
+
+// Send puts t on the agent's queue and wakes the agent. Sending the same again
+// is not an error. It takes no longer than 2 s.
 func (c *Client) Send(ctx context.Context, agent string, t job.Task) error {
+	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
+	defer cancel()
+	if err := c.enqueue(ctx, agent, t); err != nil {
+		return err
+	}
+	return c.wake(ctx, agent)
+}
+
+// SendAll sends many tasks, several at a time, and wakes each agent once, when
+// all of its tasks are in the queue. The errors stand in the order of sends,
+// nil where it went well. After the first error no more are tried, because the
+// others would wait for the same Redis: what was not tried has that error too.
+func (c *Client) SendAll(ctx context.Context, sends []Send) []error {
+	errs := make([]error, len(sends))
+	left := map[string]*atomic.Int64{} // tasks of an agent that are not in its queue yet
+	for _, s := range sends {
+		if left[s.Agent] == nil {
+			left[s.Agent] = new(atomic.Int64)
+		}
+		left[s.Agent].Add(1)
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	var g errgroup.Group
+	g.SetLimit(sendsAtOnce)
+	for i, s := range sends {
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				errs[i] = context.Cause(ctx)
+				return nil
+			}
+			ctx, cancel := context.WithTimeout(ctx, sendTimeout)
+			defer cancel()
+			errs[i] = c.enqueue(ctx, s.Agent, s.Task)
+			if left[s.Agent].Add(-1) == 0 && errs[i] == nil {
+				errs[i] = c.wake(ctx, s.Agent)
+			}
+			if errs[i] != nil {
+				stop(errs[i])
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // errs has them
+	return errs
+}
+
+func (c *Client) enqueue(ctx context.Context, agent string, t job.Task) error {
 	raw, err := json.Marshal(t)
 	if err != nil {
 		return fmt.Errorf("encode task: %w", err)
 	}
-	_, err = c.asynq.EnqueueContext(ctx, asynq.NewTask(acceptTask, raw),
-		asynq.Queue(queueOf(agent)),
-		asynq.TaskID(fmt.Sprintf("%s:%d:%d", t.Ref.Job, t.Ref.Attempt, t.Send)),
-		asynq.MaxRetry(0),          // the dispatcher re-sends; a retry by Asynq would come too late
-		asynq.Timeout(time.Minute), // an accept takes milliseconds; no timeout at all means 30 minutes to Asynq
-		asynq.Retention(0),         // nothing is read back
-	)
-	if errors.Is(err, asynq.ErrTaskIDConflict) {
-		return nil
-	}
-	if err != nil {
+	_, err = c.asynq.EnqueueContext(ctx, asynq.NewTask(acceptTask, raw), taskOptions(agent, t)...)
+	if err != nil && !errors.Is(err, asynq.ErrTaskIDConflict) {
 		return fmt.Errorf("send %s to agent %s: %w", t.Ref, agent, err)
 	}
 	return nil
 }
 
-// Serve hands the agent's tasks to accept until ctx ends. accept must return
-// within moments: a run never lives inside a task. What it returns is only
-// counted, because the dispatcher sends again what was not accepted.
-func Serve(ctx context.Context, url, agent string, log *slog.Logger, accept func(context.Context, job.Task) error) error {
-	rdb, err := open(url)
-	if err != nil {
-		return err
-	}
-	defer rdb.Close()
-	srv := asynq.NewServerFromRedisClient(rdb, asynq.Config{
-		Concurrency:              4, // accepts last milliseconds; devices are ours to count
-		Queues:                   map[string]int{queueOf(agent): 1},
-		TaskCheckInterval:        50 * time.Millisecond, // poll of an idle queue: 26 ms at the median
-		DelayedTaskCheckInterval: time.Minute,           // nothing of ours is ever delayed
-		JanitorInterval:          time.Hour,             // nothing of ours is retained
-		ShutdownTimeout:          5 * time.Second,
-		RetryDelayFunc:           func(int, error, *asynq.Task) time.Duration { return time.Second },
-		Logger:                   logger{log},
-		LogLevel:                 asynq.WarnLevel,
-	})
-	handler := asynq.HandlerFunc(func(ctx context.Context, at *asynq.Task) error {
-		var t job.Task
-		if err := json.Unmarshal(at.Payload(), &t); err != nil || t.Ref.Job == "" {
-			return fmt.Errorf("a task that is not ours: %w", asynq.RevokeTask)
-		}
-		if err := accept(ctx, t); err != nil {
-			log.WarnContext(ctx, "attempt not accepted", "job", t.Ref.Job, "attempt", t.Ref.Attempt, "err", err)
-			return asynq.RevokeTask // gone from Redis; the dispatcher decides
-		}
+// wake tells the agent to look into its queue, and lists the queue. Asynq's
+// client lists a queue once in its life: after a FLUSHALL, or a Forget by
+// another process, its tools would not find the queue until the dispatcher
+// starts anew.
+func (c *Client) wake(ctx context.Context, agent string) error {
+	_, err := c.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+		p.SAdd(ctx, allQueues, queueOf(agent))
+		p.Publish(ctx, wakeOf(agent), "")
 		return nil
 	})
-	// Asynq's Start pings Redis and gives up; an agent starts without Redis too.
-	for {
-		err := srv.Start(handler)
-		if err == nil {
-			break
-		}
-		log.WarnContext(ctx, "Redis is not there yet", "err", err)
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(time.Second):
-		}
+	if err != nil {
+		return fmt.Errorf("wake agent %s: %w", agent, err)
 	}
-	<-ctx.Done()
-	srv.Shutdown()
 	return nil
 }
 
-// logger lets Asynq speak through slog.
-type logger struct{ log *slog.Logger }
+// Forget removes whatever Redis holds of an agent that is gone for good. It
+// looks at every key, so it is not for the hot path. Asynq's own removal
+// refuses a queue with a task that the agent died with, and leaves its counts.
+// A later Send begins anew.
+func (c *Client) Forget(ctx context.Context, agent string) error {
+	mine := "asynq:{" + queueOf(agent) + "}:"
+	scan := c.rdb.Scan(ctx, 0, globLiteral.Replace(mine)+"*", 1000).Iterator()
+	var keys []string
+	for scan.Next(ctx) {
+		keys = append(keys, scan.Val())
+	}
+	err := scan.Err()
+	if err == nil {
+		_, err = c.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+			p.SRem(ctx, allQueues, queueOf(agent))
+			for _, k := range keys {
+				p.Unlink(ctx, k)
+			}
+			return nil
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("forget agent %s: %w", agent, err)
+	}
+	return nil
+}
 
-func (l logger) Debug(args ...any) { l.log.Debug("asynq: " + fmt.Sprint(args...)) }
-func (l logger) Info(args ...any)  { l.log.Info("asynq: " + fmt.Sprint(args...)) }
-func (l logger) Warn(args ...any)  { l.log.Warn("asynq: " + fmt.Sprint(args...)) }
-func (l logger) Error(args ...any) { l.log.Warn("asynq: " + fmt.Sprint(args...)) }
-func (l logger) Fatal(args ...any) { l.log.Error("asynq: " + fmt.Sprint(args...)) }
+// globLiteral makes a name mean itself in a pattern of Redis's.
+var globLiteral = strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`, `]`, `\]`)

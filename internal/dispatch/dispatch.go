@@ -172,9 +172,9 @@ func (d *Dispatcher) admitOne(ctx context.Context, row store.Row, rates map[stri
 		d.Log.InfoContext(ctx, "job refused", "job", row.ID, "err", refusal)
 		return d.Store.Refuse(ctx, row.ID, refusal)
 	}
-	rate, ok := rates[spec.GPUClass]
+	rate, ok := rates[spec.GPUClass()]
 	if !ok {
-		return fmt.Errorf("admit job %s: no rate for %s in lorayard.rates: add one", row.ID, spec.GPUClass)
+		return fmt.Errorf("admit job %s: no rate for %s in lorayard.rates: add one", row.ID, spec.GPUClass())
 	}
 	hyper, err := spec.Hyperparameters(row.Hyperparameters)
 	if err != nil {
@@ -250,7 +250,7 @@ func (d *Dispatcher) place(ctx context.Context) error {
 	jobs := make([]place.Job, len(waiting))
 	for i, w := range waiting {
 		attempts[string(w.ID)] = w.Attempt
-		jobs[i] = place.Job{ID: string(w.ID), Class: w.Spec.GPUClass, Count: w.Spec.GPUCount, BaseModel: w.Spec.BaseModel, Avoid: w.LastHost}
+		jobs[i] = place.Job{ID: string(w.ID), Class: w.Spec.GPUClass(), Count: w.Spec.GPUCount, BaseModel: w.Spec.BaseModel, Avoid: w.LastHost}
 	}
 	res := place.Place(jobs, placeHosts(hosts))
 

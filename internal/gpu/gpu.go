@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"lorayard/internal/job"
 )
 
 // Device is one GPU or MIG instance as seen at one moment.
@@ -22,42 +24,8 @@ type Device struct {
 	Fault       string // why it must not be used; empty: fit
 }
 
-// class is one row of the table that maps device names onto classes: the first
-// row whose words are all in the name wins.
-type class struct {
-	words []string
-	gib   int64 // the least memory in GiB, 0 for any
-	name  string
-}
-
-// The app's four classes first, then what else is rented out. Memory decides
-// where one name was sold in two sizes; drivers report a little less than the
-// label says.
-var classes = []class{
-	{[]string{"a100"}, 60, "A100-80GB"},
-	{[]string{"a100"}, 30, "A100-40GB"},
-	{[]string{"h100"}, 70, "H100"},
-	{[]string{"v100"}, 28, "V100-32GB"},
-	{[]string{"v100"}, 0, "V100-16GB"},
-	{[]string{"h200"}, 0, "H200"},
-	{[]string{"gh200"}, 0, "GH200"},
-	{[]string{"b200"}, 0, "B200"},
-	{[]string{"l40s"}, 0, "L40S"},
-	{[]string{"l40"}, 0, "L40"},
-	{[]string{"l4"}, 0, "L4"},
-	{[]string{"a10g"}, 0, "A10G"},
-	{[]string{"a10"}, 0, "A10"},
-	{[]string{"a40"}, 0, "A40"},
-	{[]string{"a6000"}, 0, "RTX-A6000"},
-	{[]string{"rtx", "6000", "ada"}, 0, "RTX-6000-Ada"},
-	{[]string{"4090"}, 0, "RTX-4090"},
-	{[]string{"3090"}, 0, "RTX-3090"},
-	{[]string{"5090"}, 0, "RTX-5090"},
-	{[]string{"t4"}, 0, "T4"},
-}
-
-// Classify gives the class of a device by the driver's name and its memory.
-// A MIG instance and an unknown device get a class of their own, so that
+// Classify gives the class of a device by the driver's name and its memory,
+// from the table of package job. A MIG instance and an unknown device get a class of their own, so that
 // nobody who asked for a whole known GPU gets one.
 func Classify(name string, memoryBytes int64) string {
 	words := strings.FieldsFunc(strings.ToLower(name), func(r rune) bool { return r == ' ' || r == '-' || r == '_' })
@@ -65,9 +33,9 @@ func Classify(name string, memoryBytes int64) string {
 	if slices.Contains(words, "mig") {
 		return fmt.Sprintf("MIG-%dGB", gib)
 	}
-	for _, c := range classes {
-		if gib >= c.gib && !slices.ContainsFunc(c.words, func(w string) bool { return !slices.Contains(words, w) }) {
-			return c.name
+	for _, c := range job.Classes() {
+		if gib >= c.LeastGiB && !slices.ContainsFunc(c.Words, func(w string) bool { return !slices.Contains(words, w) }) {
+			return c.Name
 		}
 	}
 	return fmt.Sprintf("%s-%dGB", strings.Join(words, "-"), gib)
@@ -77,12 +45,9 @@ func Classify(name string, memoryBytes int64) string {
 // UUIDs follow from host, so a restarted agent has the same ones.
 func Pretend(n int, class, host string) []Device {
 	memory := int64(80)
-	for _, c := range []struct {
-		suffix string
-		gib    int64
-	}{{"-40GB", 40}, {"-32GB", 32}} {
-		if strings.HasSuffix(class, c.suffix) {
-			memory = c.gib
+	for _, c := range job.Classes() {
+		if c.Name == class {
+			memory = int64(c.GB)
 		}
 	}
 	out := make([]Device, n)

@@ -25,6 +25,7 @@ func TestDeviceNamesMapOntoClasses(t *testing.T) {
 		{"NVIDIA GeForce RTX 4090", 23, "RTX-4090"},
 		{"NVIDIA L40S", 44, "L40S"},
 		{"NVIDIA L4", 22, "L4"},
+		{"NVIDIA A10-4Q", 4, "nvidia-a10-4q-4GB"}, // a slice that a cloud rents out
 		{"NVIDIA A100-SXM4-80GB MIG 1g.10gb", 9, "MIG-9GB"},
 		{"Imagined 9", 8, "imagined-9-8GB"},
 	} {

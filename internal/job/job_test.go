@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -33,9 +34,9 @@ func TestPresetFillsWhatTheAppLeavesOut(t *testing.T) {
 	}
 	want := job.Spec{
 		Preset: "quality", BaseModel: "lorayard/demo-llama", LearningRate: 2e-4, BatchSize: 2, Epochs: 5,
-		Rank: 32, Alpha: 64, Dropout: 0.1, MaxSeqLength: 2048, Seed: 42, GPUClass: "H100", GPUCount: 2,
+		Rank: 32, Alpha: 64, Dropout: 0.1, MaxSeqLength: 2048, Seed: 42, GPUs: job.Wish{Classes: []string{"H100"}}, GPUCount: 2, Preemptible: true,
 	}
-	if s != want {
+	if !reflect.DeepEqual(s, want) {
 		t.Errorf("spec = %+v\nwant   %+v", s, want)
 	}
 }
@@ -49,7 +50,7 @@ func TestBothSpellingsMeanTheSame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a != b {
+	if !reflect.DeepEqual(a, b) {
 		t.Errorf("%+v\n%+v", a, b)
 	}
 }
@@ -117,6 +118,7 @@ func TestKindIsFoundThroughWrapping(t *testing.T) {
 func FuzzParseSpec(f *testing.F) {
 	f.Add("fast", []byte(`{"rank":8}`), []byte(`{"type":"H100"}`))
 	f.Add("", []byte(`null`), []byte(`[]`))
+	f.Add("fast", []byte(`{}`), []byte(`{"type":["a100","24GB..48GB"],"min_vram_gb":30,"labels":{"a":"b"},"deadline":"2026-03-31T18:00:00Z"}`))
 	f.Fuzz(func(t *testing.T, preset string, h, g []byte) {
 		s, err := job.ParseSpec(preset, h, g, policy)
 		if err != nil {
@@ -127,6 +129,14 @@ func FuzzParseSpec(f *testing.F) {
 		}
 		if s.Rank < 1 || s.Epochs < 1 || s.BatchSize < 1 || s.GPUCount < 1 || s.GPUCount > 8 || !(s.LearningRate > 0) {
 			t.Fatalf("out of range: %+v", s)
+		}
+		raw, err := json.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var back job.Spec
+		if err := json.Unmarshal(raw, &back); err != nil || !reflect.DeepEqual(s, back) {
+			t.Fatalf("stored %+v, read %+v, %v", s, back, err)
 		}
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Spec is what a job asks for, with every spelling and preset resolved.
@@ -27,8 +28,32 @@ type Spec struct {
 	MaxSeqLength int     `json:"max_seq_length"` // tokens
 	Seed         int64   `json:"seed"`
 
-	GPUClass string `json:"gpu_class"`
-	GPUCount int    `json:"gpu_count"`
+	GPUs        Wish              `json:"gpu_class"` // a text, as older rows have it
+	GPUCount    int               `json:"gpu_count"`
+	MinMemoryGB int               `json:"min_memory_gb,omitempty"` // of each device; 1 GB is 10⁹ bytes
+	Preemptible bool              `json:"preemptible"`
+	Deadline    time.Time         `json:"deadline,omitzero"` // zero: none
+	Labels      map[string]string `json:"labels,omitempty"`  // that the host must carry
+}
+
+// UnmarshalJSON reads a stored spec. One from before jobs could refuse to be
+// preempted is preemptible, as it was then.
+func (s *Spec) UnmarshalJSON(raw []byte) error {
+	type plain Spec
+	read := plain{Preemptible: true}
+	if err := json.Unmarshal(raw, &read); err != nil {
+		return err
+	}
+	*s = Spec(read)
+	return nil
+}
+
+// GPUClass is the first class that the job may land on, in the table's order.
+func (s Spec) GPUClass() string {
+	if admits := s.GPUs.Admits(); len(admits) > 0 {
+		return admits[0]
+	}
+	return s.GPUs.String()
 }
 
 // preset is one row of the app's table of presets.
@@ -53,13 +78,6 @@ var presets = map[string]preset{
 	"conservative": {1e-4, 4, 3, 8, 16, 0.05},
 	"aggressive":   {3e-4, 16, 10, 32, 64, 0.1},
 }
-
-// gpuMemoryGB is the memory that the app's class names promise, in GB.
-var gpuMemoryGB = map[string]int{"A100-80GB": 80, "A100-40GB": 40, "H100": 80, "V100-32GB": 32}
-
-// GPUClasses are the class names that the app sends, in the order in which a
-// message names them.
-func GPUClasses() []string { return []string{"A100-80GB", "A100-40GB", "H100", "V100-32GB"} }
 
 // Policy is what the server allows. The first base model is the default.
 type Policy struct {
@@ -106,10 +124,18 @@ func ParseSpec(presetID string, hyperparameters, gpuConfig []byte, p Policy) (Sp
 	}
 
 	g := r.object("gpu_config", gpuConfig)
-	s.GPUClass = r.text(g, "A100-80GB", "type", "gpu_type")
-	if _, ok := gpuMemoryGB[s.GPUClass]; !ok {
-		r.fault("gpu_config.type %q is not known: choose one of %s", s.GPUClass, strings.Join(GPUClasses(), ", "))
+	s.MinMemoryGB = r.integer(g, 0, 1, 9999, "min_memory_gb", "min_vram_gb")
+	otherwise := "A100-80GB" // what the app's page preselects
+	if s.MinMemoryGB > 0 {
+		otherwise = "any" // the cheapest that is large enough
 	}
+	s.GPUs = r.wish(g, otherwise, "type", "gpu_type")
+	if s.MinMemoryGB > 0 && s.memoryGB() == 0 {
+		r.fault("gpu_config.type %s and at least %d GB of memory exclude each other: change one of them", s.GPUs, s.MinMemoryGB)
+	}
+	s.Preemptible = r.yes(g, true, "preemptible")
+	s.Deadline = r.time(g, "deadline")
+	s.Labels = r.texts(g, "labels")
 	most := p.MaxGPUs
 	if most == 0 {
 		most = 8
@@ -137,13 +163,26 @@ func (s Spec) Hyperparameters(sent []byte) ([]byte, error) {
 }
 
 // GPUConfig gives the GPU wish in every spelling, laid over what was sent.
-// usdPerHour is the server's rate: what a client claimed is replaced.
+// The memory is the least that the job may land on. usdPerHour is the server's
+// rate: what a client claimed is replaced.
 func (s Spec) GPUConfig(sent []byte, usdPerHour string) ([]byte, error) {
 	return lay(sent, map[string]any{
-		"type": s.GPUClass, "gpu_type": s.GPUClass,
+		"type": s.GPUs.String(), "gpu_type": s.GPUs.String(),
 		"count": s.GPUCount, "num_gpus": s.GPUCount,
-		"gpu_memory_gb": gpuMemoryGB[s.GPUClass], "cost_per_gpu_hour": json.Number(usdPerHour),
+		"gpu_memory_gb": s.memoryGB(), "cost_per_gpu_hour": json.Number(usdPerHour),
 	})
+}
+
+// memoryGB is the least memory of a class that the job may land on, by the
+// label; 0 if there is none.
+func (s Spec) memoryGB() int {
+	least := 0
+	for _, name := range s.GPUs.Admits() {
+		if gb := labelGB(name); gb >= s.MinMemoryGB && (least == 0 || gb < least) {
+			least = gb
+		}
+	}
+	return least
 }
 
 func lay(sent []byte, over map[string]any) ([]byte, error) {
@@ -254,6 +293,86 @@ func (r *reader) text(o object, otherwise string, spellings ...string) string {
 		return otherwise
 	}
 	return s
+}
+
+// wish takes one text in the grammar of ParseWish or a list of them.
+func (r *reader) wish(o object, otherwise string, spellings ...string) Wish {
+	v, name, ok := r.pick(o, spellings)
+	if !ok {
+		v = otherwise
+	}
+	list, isList := v.([]any)
+	if !isList {
+		list = []any{v}
+	}
+	var parts []string
+	for _, e := range list {
+		s, isText := e.(string)
+		if !isText {
+			r.fault("%s.%s is %s: send a name or a list of names", o.name, name, describe(e))
+			return Wish{}
+		}
+		parts = append(parts, s)
+	}
+	w, err := ParseWish(strings.Join(parts, "|"))
+	if err != nil {
+		r.fault("%s.%s: %s", o.name, name, err)
+	}
+	return w
+}
+
+func (r *reader) yes(o object, otherwise bool, name string) bool {
+	v, _, ok := r.pick(o, []string{name})
+	if !ok {
+		return otherwise
+	}
+	b, isBool := v.(bool)
+	if !isBool {
+		r.fault("%s.%s is %s: send true or false", o.name, name, describe(v))
+		return otherwise
+	}
+	return b
+}
+
+func (r *reader) time(o object, name string) time.Time {
+	v, _, ok := r.pick(o, []string{name})
+	if !ok {
+		return time.Time{}
+	}
+	s, _ := v.(string)
+	t, err := time.Parse(time.RFC3339, s)
+	if err != nil {
+		r.fault("%s.%s is %s: send a time such as 2026-03-31T18:00:00Z", o.name, name, describe(v))
+		return time.Time{}
+	}
+	return t.UTC()
+}
+
+// texts reads an object of texts. 16 of them, of 63 bytes each, are as many as
+// anybody needs to name a host.
+func (r *reader) texts(o object, name string) map[string]string {
+	v, _, ok := r.pick(o, []string{name})
+	if !ok {
+		return nil
+	}
+	m, isObject := v.(map[string]any)
+	if !isObject || len(m) > 16 {
+		r.fault("%s.%s is %s: send an object of at most 16 texts", o.name, name, describe(v))
+		return nil
+	}
+	out := map[string]string{}
+	for k, v := range m {
+		s, isText := v.(string)
+		if !isText || k == "" || len(k) > 63 || len(s) > 63 {
+			r.fault("%s.%s has %s for %s: send names and texts of at most 63 bytes", o.name, name, describe(v), describe(k))
+			return nil
+		}
+		out[k] = s
+	}
+	if len(out) == 0 {
+		return nil
+	}
+	return out
 }
 
 func short(f float64) string { return strconv.FormatFloat(f, 'g', -1, 64) }

@@ -23,6 +23,7 @@ var uses = map[string]string{
 	"gpu/nvml": "gpu",
 	"store":    "job",
 	"queue":    "job",
+	"presence": "job",
 	// The agent's story.
 	"trainer": "job proc wire",
 	"ship":    "job metrics spool wire",

@@ -30,6 +30,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"lorayard/internal/devstack/services"
 	"lorayard/internal/job"
 )
 
@@ -67,6 +68,10 @@ func (r *registry) verify(ctx context.Context, agent, boot string) error {
 	}
 	return nil
 }
+
+// unheard and unknown are for servers that nobody reports to, or connects to.
+func unheard(context.Context, Death) error          { return errors.New("not expected") }
+func unknown(context.Context, string, string) error { return ErrRefused }
 
 // history records what the hooks say, with the time since its start.
 type history struct {
@@ -171,6 +176,7 @@ func newRoom(t *testing.T) *room {
 	r.start = time.Now()
 	r.Server = &Server{
 		Verify:    r.verify,
+		Died:      unheard,
 		Connected: func(agent, boot string) { r.add("connected", agent, boot) },
 		Gone:      func(agent, boot string) { r.add("gone", agent, boot) },
 	}
@@ -443,7 +449,7 @@ func TestStrangersAreBoundedInNumberAndTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &room{conns: make(chan net.Conn), done: make(chan struct{})}
 		r.set("a", "1")
-		r.Server = &Server{Verify: r.verify, Strangers: 2}
+		r.Server = &Server{Verify: r.verify, Died: unheard, Strangers: 2}
 		ctx, cancel := context.WithCancel(t.Context())
 		served := make(chan error, 1)
 		go func() { served <- r.Serve(ctx, r) }()
@@ -506,6 +512,12 @@ func TestAServerThatLeavesDeclaresNobodyGone(t *testing.T) {
 // serve starts a real server on loopback.
 func serve(t testing.TB, s *Server, address string, conf *tls.Config) string {
 	t.Helper()
+	if s.Died == nil {
+		s.Died = unheard
+	}
+	if s.Verify == nil {
+		s.Verify = unknown
+	}
 	ln, err := Listen(t.Context(), address, conf)
 	if err != nil {
 		t.Fatal(err)
@@ -585,6 +597,54 @@ func TestAClientFollowsEveryDispatcher(t *testing.T) {
 		t.Error("the second stream ended with the first")
 	}
 	wait(t, "a pushed look", looks)
+}
+
+func TestFaultsOfARealNetwork(t *testing.T) {
+	var reg registry
+	reg.set("a", "1")
+	gone := make(chan struct{}, 10)
+	s := &Server{Verify: reg.verify, Gone: func(string, string) { gone <- struct{}{} }}
+	proxy, err := services.Proxy(serve(t, s, "127.0.0.1:0", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { proxy.Close() })
+	looks := make(chan struct{}, 10)
+	c := &Client{Agent: "a", Boot: "1", Look: func() { looks <- struct{}{} }}
+	c.SetAddresses([]string{"tcp://" + proxy.Addr()})
+	run(t, c)
+	wait(t, "the welcome", looks)
+	for range 5 {
+		if n := proxy.Reset(); n != 1 {
+			t.Fatalf("reset %d connections, want 1", n)
+		}
+		wait(t, "the look of the next welcome", looks)
+		if !s.Push("a") {
+			t.Fatal("no stream after a reset")
+		}
+		wait(t, "a pushed look", looks)
+	}
+	if len(gone) != 0 {
+		t.Error("a reset made the agent gone")
+	}
+	// A new connection hangs, and an old one is silent: nobody waits for it.
+	if err := proxy.Blackhole(); err != nil {
+		t.Fatal(err)
+	}
+	if !s.Push("a") {
+		t.Error("silence is no end of a stream")
+	}
+	if err := proxy.Refuse(); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "gone", gone)
+	if err := proxy.Pass(); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "the look of the return", looks)
+	if len(looks) != 0 {
+		t.Error("the swallowed look arrived")
+	}
 }
 
 // certificate makes a self-signed one for 127.0.0.1.

@@ -96,6 +96,10 @@ type stream struct {
 // closes every stream and returns nil once all is quiet. It returns earlier
 // only with the error of a listener that was closed by somebody else.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
+	if s.Verify == nil || s.Died == nil { // or the first stranger finds out
+		ln.Close()
+		return errors.New("serve agents: Verify and Died must be set")
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer func() {

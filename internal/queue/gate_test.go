@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -197,11 +198,18 @@ func TestOtherCommandsPassTheGate(t *testing.T) {
 	})
 }
 
-// tape is a hook that writes down every command.
+// tape is a hook that writes down every command, and what came of it.
 type tape struct {
 	mu   sync.Mutex
-	cmds []redis.Cmder
+	told []told
 	news chan struct{}
+}
+
+type told struct {
+	args    []any
+	dequeue bool // to the gate
+	task    bool // it brought one
+	err     error
 }
 
 func (p *tape) DialHook(next redis.DialHook) redis.DialHook { return next }
@@ -213,9 +221,10 @@ func (p *tape) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Process
 func (p *tape) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
 		err := next(ctx, cmd)
+		v, ok := cmd.(*redis.Cmd)
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.cmds = append(p.cmds, cmd)
+		p.told = append(p.told, told{args: cmd.Args(), dequeue: isDequeue(cmd), task: ok && err == nil && v.Val() != nil, err: err})
 		select {
 		case p.news <- struct{}{}:
 		default:
@@ -255,12 +264,7 @@ func TestAsynqDequeuesInTheShapeThatTheGateKnows(t *testing.T) {
 	empty := func() bool {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		for _, cmd := range p.cmds {
-			if isDequeue(cmd) && cmd.Err() == redis.Nil {
-				return true
-			}
-		}
-		return false
+		return slices.ContainsFunc(p.told, func(c told) bool { return c.dequeue && c.err == redis.Nil })
 	}
 	for !empty() {
 		within(t, 5*time.Second, p.news, "the gate recognised no dequeue of an empty queue")
@@ -268,22 +272,20 @@ func TestAsynqDequeuesInTheShapeThatTheGateKnows(t *testing.T) {
 	as.Shutdown()
 
 	found := false
-	for _, cmd := range p.cmds {
-		args := fmt.Sprint(cmd.Args()...)
-		if !isDequeue(cmd) {
+	for _, c := range p.told {
+		args := fmt.Sprint(c.args...)
+		if !c.dequeue {
 			// Whatever else takes from the pending list would go around the gate.
-			if len(cmd.Args()) > 3 && cmd.Args()[3] == "asynq:{agent:a}:pending" {
+			if len(c.args) > 3 && c.args[3] == "asynq:{agent:a}:pending" {
 				t.Errorf("not recognised, and begins with the pending list: %s", args)
 			}
 			continue
 		}
-		if v, ok := cmd.(*redis.Cmd); ok && cmd.Err() == nil && v.Val() != nil {
-			found = true
-		}
-		if n := len(cmd.Args()); n != 9 {
+		found = found || c.task
+		if n := len(c.args); n != 9 {
 			t.Errorf("the dequeue has %d words, the gate was made for 9: %s", n, args)
 		}
-		if prefix := cmd.Args()[len(cmd.Args())-1]; prefix != "asynq:{agent:a}:t:" {
+		if prefix := c.args[len(c.args)-1]; prefix != "asynq:{agent:a}:t:" {
 			t.Errorf("the dequeue ends with %v, the gate was made for the prefix of tasks", prefix)
 		}
 	}

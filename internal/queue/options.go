@@ -136,9 +136,10 @@ func receiver(o redis.Options) *redis.Client {
 	// gate paces what is tried again. Without the gate this spins when Redis is
 	// away, so polled servers get the defaults.
 	o.MaxRetries = -1
-	// Dequeue, heartbeat and a few acknowledgements at a time. An idle agent
-	// has two of them open, plus one subscription of Asynq's and one of ours.
-	o.PoolSize = 6
+	// Dequeue, heartbeat and a few acknowledgements at a time; an idle agent
+	// keeps two, plus one subscription of Asynq's and one of ours. Redis's
+	// maxclients of 10,000 is 2,400 agents then.
+	o.PoolSize, o.MaxIdleConns = 6, 2
 	return redis.NewClient(&o)
 }
 

@@ -24,7 +24,8 @@ type Server struct {
 	Concurrency int
 	Log         *slog.Logger
 	// Admit says whether a task may come in now; nil: always. While it says no,
-	// nothing is fetched and Redis is not asked. It is called before each fetch
+	// nothing is fetched and Redis is not asked (an Asynq that has to be polled
+	// fetches all the same, so Accept judges too). It is called before each fetch
 	// and must not block.
 	Admit func() bool
 	// Accept gets each task. It must return within moments: a run never lives

@@ -37,14 +37,15 @@ var uses = map[string]string{
 	"devstack":          "devstack/services storage storage/local store",
 	"cmd/devstack":      "config daemon devstack",
 	"storetest":         "devstack/services store",
+	"queue/queuebench":  "job queue",
 }
 
 // owner names the rooms that may import an outside thing; support rooms are
 // listed where they stand in for the outside.
 var owner = map[string]string{
 	"github.com/jackc/pgx":                     "store storetest devstack devstack/services cmd/devstack",
-	"github.com/hibiken/asynq":                 "queue",
-	"github.com/redis/go-redis":                "queue devstack/services",
+	"github.com/hibiken/asynq":                 "queue queue/queuebench",
+	"github.com/redis/go-redis":                "queue queue/queuebench devstack/services",
 	"github.com/alicebob/miniredis":            "devstack/services",
 	"github.com/NVIDIA/go-nvml":                "gpu/nvml",
 	"github.com/supabase-community/storage-go": "storage",
@@ -115,7 +116,7 @@ func TestRoomsImportOnlyWhatThePlanShows(t *testing.T) {
 }
 
 func TestBinariesCarryOnlyTheirHalf(t *testing.T) {
-	support := []string{"lorayard/internal/devstack", "lorayard/internal/storetest", "lorayard/internal/storage/local", "github.com/alicebob/miniredis"}
+	support := []string{"lorayard/internal/devstack", "lorayard/internal/storetest", "lorayard/internal/storage/local", "lorayard/internal/queue/queuebench", "github.com/alicebob/miniredis"}
 	for bin, bad := range map[string][]string{
 		"lorayard/cmd/dispatcher": {"lorayard/internal/gpu", "lorayard/internal/trainer", "lorayard/internal/attempt", "lorayard/internal/storage", "github.com/NVIDIA/go-nvml"},
 		"lorayard/cmd/agent":      {"lorayard/internal/api", "lorayard/internal/dispatch", "lorayard/internal/place", "lorayard/deploy"},

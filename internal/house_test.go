@@ -16,9 +16,9 @@ import (
 // arrow that is not drawn here, fails.
 var uses = map[string]string{
 	// The ground floor imports nothing of ours.
-	"job": "", "wire": "", "cost": "", "config": "", "daemon": "", "metrics": "", "proc": "", "spool": "", "place": "", "storage": "",
-	// One table of GPU classes serves devices and wishes.
-	"gpu": "job",
+	"job": "", "wire": "", "cost": "", "config": "", "daemon": "", "metrics": "", "proc": "", "spool": "", "storage": "",
+	// One table of GPU classes serves devices, wishes and placement.
+	"gpu": "job", "place": "job",
 	// Each of these knows one outside thing.
 	"gpu/nvml": "gpu",
 	"store":    "job",

@@ -250,13 +250,19 @@ func (d *Dispatcher) place(ctx context.Context) error {
 	jobs := make([]place.Job, len(waiting))
 	for i, w := range waiting {
 		attempts[string(w.ID)] = w.Attempt
-		jobs[i] = place.Job{ID: string(w.ID), Class: w.Spec.GPUClass(), Count: w.Spec.GPUCount, BaseModel: w.Spec.BaseModel, Avoid: w.LastHost}
+		jobs[i] = place.Job{
+			ID: string(w.ID), User: w.User, Wish: w.Spec.GPUs, Count: w.Spec.GPUCount, MinBytes: int64(w.Spec.MinMemoryGB) * 1e9,
+			BaseModel: w.Spec.BaseModel, Labels: w.Spec.Labels, Submitted: w.Admitted, Deadline: w.Spec.Deadline, Preemptible: w.Spec.Preemptible,
+		}
+		if w.LastHost != "" {
+			jobs[i].Avoid = []string{w.LastHost}
+		}
 	}
-	res := place.Place(jobs, placeHosts(hosts))
+	res := place.Place(place.Input{Now: time.Now(), Jobs: jobs, Hosts: placeHosts(hosts)})
 
 	reasons := map[job.ID]string{}
 	for _, w := range waiting {
-		if r := res.Waiting[string(w.ID)]; r != w.Reason && r != "" {
+		if r := res.Waiting[string(w.ID)].Reason; r != w.Reason && r != "" {
 			reasons[w.ID] = r
 			d.Log.InfoContext(ctx, "job waits", "job", w.ID, "reason", r)
 		}
@@ -285,7 +291,7 @@ func placeHosts(hosts []store.Host) []place.Host {
 	for i, h := range hosts {
 		out[i] = place.Host{Agent: h.Agent, BaseModels: h.BaseModels}
 		for _, dev := range h.Devices {
-			out[i].Devices = append(out[i].Devices, place.Device{UUID: dev.UUID, Class: dev.Class, Fit: dev.Fault == "", Free: !dev.Busy})
+			out[i].Devices = append(out[i].Devices, place.Device{UUID: dev.UUID, Class: dev.Class, MemoryBytes: dev.MemoryBytes, Fault: dev.Fault, Busy: dev.Busy})
 		}
 	}
 	return out

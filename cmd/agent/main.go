@@ -37,7 +37,7 @@ var version = "development"
 func main() {
 	// The shim is this binary, started again between agent and trainer.
 	if len(os.Args) > 1 && os.Args[1] == "shim" {
-		os.Exit(proc.RunShim(os.Args[2:]))
+		os.Exit(proc.RunShim(os.Args[2:], nil))
 	}
 	ctx, stop := daemon.Signals(context.Background())
 	defer stop()

@@ -10,22 +10,24 @@
 // shim, the same binary run again, stands between agent and child:
 //
 //	agent ──lifeline──► shim ──pdeathsig──► child ─► grandchildren
-//	      ◄──report───   └─ subreaper: every orphan below comes to it
+//	      ◄──report───   ├─ cgroup where there is one: all of them die at once
+//	                     └─ subreaper: every orphan below comes to it
 //
 // The agent alone holds the other end of the lifeline, a socket. Its end means
-// that the agent is gone, however it went. The shim leaves only after every
-// process below it is dead and reaped, so that an ended shim means a free GPU.
+// that the agent is gone, however it went, unless it said before that it comes
+// back: then the shim waits for somebody to Adopt the child. An agent that is
+// there but out of touch, because it hangs or was frozen, runs into a deadline.
+// The shim leaves only after every process below it is dead and reaped, so
+// that an ended shim means a free GPU.
 package proc
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
-	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -33,11 +35,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	defaultOutputDelay = 2 * time.Second
-	shimStartLimit     = 30 * time.Second // a shim that has not reported by then never will
-	shimKillLimit      = 5 * time.Second  // a shim that has not killed by then is killed itself
-)
+const defaultOutputDelay = 2 * time.Second
 
 var (
 	// ErrOutputCut says that somebody outside the group kept the child's
@@ -48,6 +46,13 @@ var (
 	// killed. The group is gone even so; a process that had left the group may
 	// not be.
 	ErrShimLost = errors.New("shim ended without a report")
+
+	// ErrLate says that the deadline had passed before the child was started:
+	// it never was.
+	ErrLate = errors.New("the deadline had passed")
+
+	// ErrHandedOver says that the child lives on and waits to be adopted.
+	ErrHandedOver = errors.New("handed over")
 )
 
 // Cmd says what to run.
@@ -73,16 +78,44 @@ type Cmd struct {
 	// the child without a shim: then nobody ends it when the caller is killed,
 	// and a process that leaves the group is not followed.
 	Shim []string
+
+	// The rest is the shim's work, and refused without one.
+
+	// Deadline is how long from now the child may run unless Extend is called,
+	// by a clock that goes on while the machine sleeps; 0 is for ever. When it
+	// has passed before the child is started, the child is not.
+	Deadline time.Duration
+
+	// Log is a file that takes the child's output instead of Stdout and
+	// Stderr, also while nobody is in charge. It holds the newest 4 MiB; the
+	// 4 MiB before those are in <Log>.1.
+	Log string
+
+	// Socket is where HandOver leaves the child to be adopted.
+	Socket string
+
+	// Record is the file in which the shim writes how the child ended, once
+	// everything below it is gone. A child can only be adopted when it has
+	// both Socket and Record.
+	Record string
+
+	// Orphaned is given to the hook of RunShim when the shim has ended the
+	// child because nobody was in charge of it any more.
+	Orphaned string
 }
 
 // Exit says how a child ended.
 type Exit struct {
 	Code   int            // the exit code; 128+Signal when a signal ended it
 	Signal syscall.Signal // 0 when the child left by itself
+	Late   bool           // the deadline passed, and the shim ended it
 }
 
 // String is the exit in words.
 func (e Exit) String() string {
+	if e.Late {
+		return "ended because its deadline passed"
+	}
 	if e.Signal != 0 {
 		return fmt.Sprintf("ended by signal %d (%v)", int(e.Signal), e.Signal)
 	}
@@ -92,11 +125,15 @@ func (e Exit) String() string {
 // Process is a started child. Its methods may be called by many goroutines.
 type Process struct {
 	pid   int
+	start uint64 // its start time as /proc tells it; 0 without a shim
 	grace time.Duration
-	cmd   *exec.Cmd // the child, or the shim above it
+	cmd   *exec.Cmd // the child, or the shim above it; nil when adopted
 
-	lifeline *os.File      // nil without a shim
-	report   *bufio.Reader // reads lifeline
+	shim     *os.Process // nil without one
+	lifeline *lifeline   // nil without a shim
+	cgroup   string      // the child's control group, empty where there is none
+	stays    bool        // it can be handed over
+	refused  chan string // why the shim would not take it over
 
 	mu        sync.Mutex // held while a signal is sent, so that pid is not reused under it
 	gone      bool
@@ -111,7 +148,7 @@ type Process struct {
 // executable that is missing or may not be run is the error of Start, with or
 // without a shim: it wraps fs.ErrNotExist or fs.ErrPermission.
 func Start(c Cmd) (*Process, error) {
-	p := &Process{grace: c.Grace, done: make(chan struct{})}
+	p := &Process{grace: c.Grace, refused: make(chan string, 1), done: make(chan struct{})}
 	p.cmd = &exec.Cmd{
 		Path:        c.Path,
 		Args:        append([]string{c.Path}, c.Args...),
@@ -129,64 +166,15 @@ func Start(c Cmd) (*Process, error) {
 	if len(c.Shim) > 0 {
 		return p.startShim(c)
 	}
+	if c.Deadline != 0 || c.Log != "" || c.Socket != "" || c.Record != "" || c.Orphaned != "" {
+		return nil, fmt.Errorf("start %s: deadline, log, socket, record and orphaned need a shim", c.Path)
+	}
 	if err := p.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.Path, err)
 	}
 	p.pid = p.cmd.Process.Pid
 	go p.reap()
 	return p, nil
-}
-
-// startShim starts the shim with the lifeline as the descriptor after the
-// extra ones, and waits until it has started the child.
-func (p *Process) startShim(c Cmd) (*Process, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open lifeline: %w", err)
-	}
-	p.lifeline = os.NewFile(uintptr(fds[0]), "lifeline")
-	p.report = bufio.NewReader(p.lifeline)
-	theirs := os.NewFile(uintptr(fds[1]), "lifeline of shim")
-	fd := 3 + len(c.Extra)
-	p.cmd.Path = c.Shim[0]
-	p.cmd.Args = append(append([]string{}, c.Shim...), "--lifeline="+strconv.Itoa(fd), "--", c.Path)
-	p.cmd.Args = append(p.cmd.Args, c.Args...)
-	p.cmd.ExtraFiles = append(append([]*os.File{}, c.Extra...), theirs)
-	err = p.cmd.Start()
-	theirs.Close()
-	if err != nil {
-		p.lifeline.Close()
-		return nil, fmt.Errorf("start shim %s: %w", c.Shim[0], err)
-	}
-	if err := p.awaitChild(c.Path); err != nil {
-		p.lifeline.Close()
-		p.cmd.Process.Kill() // it may be gone already, and is waited for either way
-		if werr := p.cmd.Wait(); errors.Is(err, ErrShimLost) && werr != nil {
-			err = fmt.Errorf("%w: %w", err, werr)
-		}
-		return nil, fmt.Errorf("start %s: %w", c.Path, err)
-	}
-	go p.reapShim()
-	return p, nil
-}
-
-// awaitChild reads the first line of the shim's report.
-func (p *Process) awaitChild(path string) error {
-	if err := p.lifeline.SetReadDeadline(time.Now().Add(shimStartLimit)); err != nil {
-		return fmt.Errorf("set deadline of shim: %w", err)
-	}
-	line, err := p.report.ReadString('\n')
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrShimLost, err)
-	}
-	var errno int
-	if n, _ := fmt.Sscanf(line, reportRefused, &errno); n == 1 {
-		return &os.PathError{Op: "exec", Path: path, Err: syscall.Errno(errno)}
-	}
-	if n, _ := fmt.Sscanf(line, reportStarted, &p.pid); n != 1 {
-		return fmt.Errorf("%w: it said %q", ErrShimLost, line)
-	}
-	return p.lifeline.SetReadDeadline(time.Time{})
 }
 
 // reap waits for a child without a shim. The leader stays a zombie until its
@@ -204,35 +192,6 @@ func (p *Process) reap() {
 	awaitGroup(p.pid)
 	ws, _ := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
 	p.exit, p.err = exitOf(ws), outputError(err)
-}
-
-// reapShim waits for the shim, which ends after all that is below it.
-func (p *Process) reapShim() {
-	defer close(p.done)
-	var reported bool
-	for {
-		line, err := p.report.ReadString('\n')
-		if err != nil {
-			break
-		}
-		var code, sig int
-		if n, _ := fmt.Sscanf(line, reportEnded, &code, &sig); n == 2 {
-			p.exit, reported = Exit{Code: code, Signal: syscall.Signal(sig)}, true
-		}
-	}
-	if reported {
-		p.markGone()
-	} else {
-		// The child got SIGKILL from the kernel when the shim died.
-		p.closeGroup()
-	}
-	p.lifeline.Close()
-	p.err = outputError(p.cmd.Wait())
-	if !reported {
-		awaitGroup(p.pid)
-		p.exit = Exit{Code: 128 + int(syscall.SIGKILL), Signal: syscall.SIGKILL}
-		p.err = errors.Join(ErrShimLost, p.err)
-	}
 }
 
 // markGone ends all signalling.
@@ -273,6 +232,10 @@ func exitOf(ws syscall.WaitStatus) Exit {
 // Pid is the child's process id, and the id of its group; never the shim's.
 func (p *Process) Pid() int { return p.pid }
 
+// Cgroup is the directory of the control group that holds the child and all
+// that it starts; empty where the shim could not make one, and sweeps instead.
+func (p *Process) Cgroup() string { return p.cgroup }
+
 // Signal sends sig to the group. It is os.ErrProcessDone once the child is
 // gone. With a shim the signal goes through it, and SIGKILL ends everything
 // below the shim, also what has left the group.
@@ -285,12 +248,12 @@ func (p *Process) Signal(sig syscall.Signal) error {
 	if p.lifeline == nil {
 		return p.signalError(sig, syscall.Kill(-p.pid, sig))
 	}
-	_, err := p.lifeline.Write([]byte{byte(sig)})
-	if sig == syscall.SIGKILL {
+	err := p.lifeline.say(nil, "%s %d", cmdSignal, int(sig))
+	if sig == syscall.SIGKILL && p.shim != nil {
 		// Somebody may have stopped the shim.
-		_ = p.cmd.Process.Signal(syscall.SIGCONT)
+		_ = p.shim.Signal(syscall.SIGCONT)
 		if p.lastStand == nil {
-			p.lastStand = time.AfterFunc(shimKillLimit, func() { _ = p.cmd.Process.Kill() })
+			p.lastStand = time.AfterFunc(shimKillLimit, func() { _ = p.shim.Kill() })
 		}
 	}
 	return p.signalError(sig, err)
@@ -321,7 +284,7 @@ func (p *Process) Stop(ctx context.Context) error {
 	defer grace.Stop()
 	select {
 	case <-p.done:
-		return nil
+		return p.handedOver()
 	case <-ctx.Done():
 	case <-grace.C:
 	}
@@ -330,10 +293,17 @@ func (p *Process) Stop(ctx context.Context) error {
 	}
 	select {
 	case <-p.done:
-		return nil
+		return p.handedOver()
 	case <-ctx.Done():
 		return fmt.Errorf("stop process %d: %w", p.pid, context.Cause(ctx))
 	}
+}
+
+func (p *Process) handedOver() error {
+	if errors.Is(p.err, ErrHandedOver) {
+		return ErrHandedOver
+	}
+	return nil
 }
 
 // Done is closed when Wait would return at once.
@@ -342,7 +312,8 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 // Wait returns how the child ended, after the whole group is gone and its
 // output was read: with a shim, after everything that the child ever started
 // is gone. The error is ErrOutputCut, ErrShimLost or that of a writer; the
-// Exit is valid even so. Every caller gets the same answer.
+// Exit is valid even so. After HandOver it is ErrHandedOver at once, and the
+// Exit means nothing. Every caller gets the same answer.
 func (p *Process) Wait() (Exit, error) {
 	<-p.done
 	return p.exit, p.err

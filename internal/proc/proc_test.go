@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -31,8 +32,8 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch part := os.Args[1]; part {
 		case "shim":
-			os.Exit(proc.RunShim(os.Args[2:]))
-		case "agent", "exit", "stubborn", "polite", "pipes", "tree", "grandchild", "leak", "last-words":
+			os.Exit(proc.RunShim(os.Args[2:], hook))
+		case "agent", "exit", "stubborn", "polite", "pipes", "tree", "double", "grandchild", "storm", "leak", "last-words":
 			os.Exit(play(part, os.Args[2:]))
 		}
 	}
@@ -44,13 +45,11 @@ func TestMain(m *testing.M) {
 func play(part string, args []string) int {
 	fd3 := os.NewFile(3, "fd 3")
 	switch part {
-	case "agent": // starts what follows under a shim, then waits to be killed
-		p, err := proc.Start(proc.Cmd{Path: self(), Args: args[1:], Shim: []string{self(), "shim", args[0]}, Extra: []*os.File{fd3}})
-		if err != nil {
+	case "agent": // starts a child, then waits to be killed, or hands it over and leaves
+		if err := beAgent(args[0], args[1], fd3); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		p.Wait()
 	case "exit":
 		code, _ := strconv.Atoi(args[0])
 		return code
@@ -70,16 +69,32 @@ func play(part string, args []string) int {
 		fd3.Close()
 		fd4.Close()
 		forever()
-	case "tree": // a grandchild in the group and one that left it, both deaf
+	case "tree": // a grandchild in the group, one that left it, and one whose parent is gone, all deaf
 		signal.Ignore(syscall.SIGTERM)
-		for _, setsid := range []bool{false, true} {
-			c := exec.Command(self(), "grandchild")
+		for _, c := range []*exec.Cmd{exec.Command(self(), "grandchild"), exec.Command(self(), "grandchild"), exec.Command(self(), "double")} {
 			c.ExtraFiles = []*os.File{fd3}
-			c.SysProcAttr = &syscall.SysProcAttr{Setsid: setsid}
+			c.SysProcAttr = &syscall.SysProcAttr{Setsid: c.Args[1] == "double"}
 			if err := c.Start(); err != nil {
 				return 1
 			}
 		}
+		forever()
+	case "double": // forks again into a session of its own, and leaves
+		c := exec.Command(self(), "grandchild")
+		c.ExtraFiles = []*os.File{fd3}
+		c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		if err := c.Start(); err != nil {
+			return 1
+		}
+	case "storm": // shells that hand on to a copy in a new session, over and over
+		for range 4 {
+			c := exec.Command("/bin/sh", "-c", `PATH=/usr/bin:/bin; s='echo hop >&3; setsid /bin/sh -c "$0" "$0" & exit'; exec /bin/sh -c "$s" "$s"`)
+			c.ExtraFiles = []*os.File{fd3}
+			if err := c.Start(); err != nil {
+				return 1
+			}
+		}
+		fmt.Fprintln(fd3, "ready")
 		forever()
 	case "grandchild":
 		signal.Ignore(syscall.SIGTERM, syscall.SIGHUP)
@@ -103,6 +118,94 @@ func play(part string, args []string) int {
 	}
 	return 0
 }
+
+// hook tells a test that waits at the other end of a FIFO.
+func hook(path string) {
+	if f, err := os.OpenFile(path, os.O_WRONLY, 0); err == nil {
+		fmt.Fprintln(f, "orphaned")
+		f.Close()
+	}
+}
+
+// beAgent starts what is written in a file, with descriptor 3 for the child.
+func beAgent(file, handOver string, fd3 *os.File) error {
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var c proc.Cmd
+	if err := json.Unmarshal(raw, &c); err != nil {
+		return err
+	}
+	c.Extra = []*os.File{fd3}
+	p, err := proc.Start(c)
+	if err != nil {
+		return err
+	}
+	if handOver == "" {
+		fd3.Close()
+		p.Wait()
+		return nil
+	}
+	d, err := time.ParseDuration(handOver)
+	if err != nil {
+		return err
+	}
+	return p.HandOver(d, fd3)
+}
+
+// agent is a process that starts c with w for the child; handOver empty makes
+// it stay.
+func agent(t *testing.T, c proc.Cmd, w *os.File, handOver string) *exec.Cmd {
+	t.Helper()
+	c.Path, c.Env = self(), []string{"GORACE=atexit_sleep_ms=0"}
+	if c.Shim == nil {
+		c.Shim = []string{self(), "shim"}
+	}
+	raw, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "cmd.json")
+	if err := os.WriteFile(file, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a := exec.Command(self(), "agent", file, handOver)
+	a.ExtraFiles = []*os.File{w}
+	a.Stderr = os.Stderr
+	if err := a.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	t.Cleanup(func() {
+		a.Process.Kill()
+		a.Wait()
+	})
+	return a
+}
+
+// fifo gives a path for the hook, and a reader of what it says there.
+func fifo(t *testing.T) (string, *bufio.Reader) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "orphaned")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// Open for both, it does not end before the hook has come.
+	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if err := f.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	return path, bufio.NewReader(f)
+}
+
+// ways are the two ways in which a shim kills: by control group, or by sweep
+// alone. Without a writable hierarchy they are the same.
+var ways = map[string][]string{"cgroup": {"/proc/self/exe", "shim"}, "sweep": {"/proc/self/exe", "shim", "--cgroup=false"}}
 
 // forever is longer than any test; an empty select would be called a deadlock.
 func forever() { <-time.After(time.Hour) }
@@ -342,14 +445,67 @@ func TestALeakedStdoutDoesNotHangWait(t *testing.T) {
 }
 
 func TestKillEndsWhatLeftTheGroup(t *testing.T) {
-	r, w := pipe(t)
-	p := start(t, proc.Cmd{Args: []string{"tree"}, Shim: []string{self(), "shim"}, Extra: []*os.File{w}})
-	w.Close()
-	pids := []int{p.Pid(), number(t, r), number(t, r)}
-	if err := p.Kill(); err != nil {
-		t.Fatal(err)
+	for name, shim := range ways {
+		t.Run(name, func(t *testing.T) {
+			r, w := pipe(t)
+			p := start(t, proc.Cmd{Args: []string{"tree"}, Shim: shim, Extra: []*os.File{w}})
+			w.Close()
+			pids := []int{p.Pid(), number(t, r), number(t, r), number(t, r)}
+			if err := p.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			ended(t, p, proc.Exit{Code: 137, Signal: syscall.SIGKILL})
+			allDead(t, pids...)
+		})
 	}
-	ended(t, p, proc.Exit{Code: 137, Signal: syscall.SIGKILL})
+}
+
+func TestAForkStormEnds(t *testing.T) {
+	for name, shim := range ways {
+		t.Run(name, func(t *testing.T) {
+			r, w := pipe(t)
+			p := start(t, proc.Cmd{Args: []string{"storm"}, Shim: shim, Extra: []*os.File{w}})
+			w.Close()
+			for range 100 {
+				line(t, r)
+			}
+			killed := time.Now()
+			if err := p.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			ended(t, p, proc.Exit{Code: 137, Signal: syscall.SIGKILL})
+			t.Logf("over after %v", time.Since(killed).Round(100*time.Microsecond))
+			if _, err := io.ReadAll(r); err != nil {
+				t.Fatalf("the storm goes on: %v", err)
+			}
+		})
+	}
+}
+
+func TestAKilledAgentTakesTheWholeTreeWithIt(t *testing.T) {
+	for name, shim := range ways {
+		t.Run(name, func(t *testing.T) {
+			r, w := pipe(t)
+			orphaned, called := fifo(t)
+			a := agent(t, proc.Cmd{Args: []string{"tree"}, Shim: shim, Orphaned: orphaned}, w, "")
+			pids := []int{number(t, r), number(t, r), number(t, r)}
+			killed := time.Now()
+			if err := a.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			line(t, called)
+			t.Logf("tree gone and hook called %v after kill -9 of the agent", time.Since(killed).Round(100*time.Microsecond))
+			allDead(t, pids...)
+			if _, err := io.ReadAll(r); err != nil {
+				t.Fatalf("the tree outlived the agent: %v", err)
+			}
+		})
+	}
+}
+
+// allDead fails for whoever is not dead and reaped.
+func allDead(t *testing.T, pids ...int) {
+	t.Helper()
 	for _, pid := range pids {
 		if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
 			t.Errorf("process %d is not dead and reaped: %v", pid, err)
@@ -357,41 +513,14 @@ func TestKillEndsWhatLeftTheGroup(t *testing.T) {
 	}
 }
 
-func TestAKilledAgentTakesTheWholeTreeWithIt(t *testing.T) {
-	r, w := pipe(t)
-	agent := exec.Command(self(), "agent", "--orphan-grace=0s", "tree")
-	agent.ExtraFiles = []*os.File{w}
-	agent.Stderr = os.Stderr
-	if err := agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	w.Close()
-	number(t, r)
-	number(t, r)
-	killed := time.Now()
-	if err := agent.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	agent.Wait()
-	if _, err := io.ReadAll(r); err != nil {
-		t.Fatalf("the tree outlived the agent: %v", err)
-	}
-	t.Logf("tree gone %v after kill -9 of the agent", time.Since(killed).Round(100*time.Microsecond))
-}
-
 func TestOrphanGraceLetsTheChildFinish(t *testing.T) {
 	r, w := pipe(t)
 	// Its stdin stands for the command pipe, whose end tells that the agent is
 	// gone. Here /dev/null tells it at once, before the agent is killed.
-	agent := exec.Command(self(), "agent", "--orphan-grace=1m", "last-words")
-	agent.ExtraFiles = []*os.File{w}
-	if err := agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	w.Close()
+	a := agent(t, proc.Cmd{Args: []string{"last-words"}, Shim: []string{self(), "shim", "--orphan-grace=1m"}}, w, "")
 	number(t, r)
-	agent.Process.Kill()
-	agent.Wait()
+	a.Process.Kill()
+	a.Wait()
 	rest, err := io.ReadAll(r)
 	if err != nil || string(rest) != "saved\n" {
 		t.Errorf("child said %q, %v; want saved", rest, err)
@@ -410,17 +539,22 @@ func TestSignalsToTheShimReachTheChild(t *testing.T) {
 
 func TestAKilledShimTakesTheGroupWithIt(t *testing.T) {
 	r, w := pipe(t)
-	p := start(t, proc.Cmd{Args: []string{"stubborn"}, Shim: []string{self(), "shim"}, Extra: []*os.File{w}})
+	p := start(t, proc.Cmd{Args: []string{"tree"}, Shim: []string{self(), "shim"}, Extra: []*os.File{w}})
 	w.Close()
-	line(t, r)
+	pids := []int{number(t, r), number(t, r), number(t, r)}
 	if err := syscall.Kill(parentOf(t, p.Pid()), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := p.Wait(); got.Signal != syscall.SIGKILL || !errors.Is(err, proc.ErrShimLost) {
 		t.Errorf("Wait = %v, %v; want ErrShimLost", got, err)
 	}
+	if p.Cgroup() == "" { // those that left the group are nobody's now
+		for _, pid := range pids {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
 	if _, err := io.ReadAll(r); err != nil {
-		t.Errorf("the child outlived the shim: %v", err)
+		t.Errorf("somebody outlived the shim: %v", err)
 	}
 }
 

@@ -13,19 +13,9 @@ import (
 
 // stat is what /proc says of a process.
 type stat struct {
-	pid, parent, group int
-	zombie             bool
-}
-
-// children names the processes whose parent is pid, dead ones too.
-func children(pid int) []int {
-	var pids []int
-	eachProcess(func(s stat) {
-		if s.parent == pid {
-			pids = append(pids, s.pid)
-		}
-	})
-	return pids
+	pid, parent, group, session int
+	start                       uint64 // clock ticks after the machine started
+	zombie                      bool
 }
 
 // awaitGroup returns when no process of the group is alive. A zombie that its
@@ -58,32 +48,35 @@ func eachProcess(f func(stat)) {
 		if err != nil {
 			continue
 		}
-		raw, err := os.ReadFile("/proc/" + name + "/stat")
-		if err != nil {
-			continue
-		}
-		if s, ok := parseStat(pid, raw); ok {
+		if s, ok := statOf(pid); ok {
 			f(s)
 		}
 	}
 }
 
+// statOf reads about one process; a zombie is one too.
+func statOf(pid int) (stat, bool) {
+	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return stat{}, false
+	}
+	return parseStat(pid, raw)
+}
+
 // parseStat reads a line of /proc/<pid>/stat: "pid (name) state parent group
-// ...". The name is the process's own choice and may hold spaces and brackets,
-// so the fields are counted from its last bracket.
+// session ...", the start time is field 22. The name is the process's own
+// choice and may hold spaces and brackets, so the fields are counted from its
+// last bracket.
 func parseStat(pid int, raw []byte) (stat, bool) {
 	fields := bytes.Fields(raw[bytes.LastIndexByte(raw, ')')+1:])
-	if len(fields) < 3 {
+	if len(fields) < 20 {
 		return stat{}, false
 	}
-	parent, err := strconv.Atoi(string(fields[1]))
-	if err != nil {
-		return stat{}, false
-	}
-	group, err := strconv.Atoi(string(fields[2]))
-	if err != nil {
-		return stat{}, false
-	}
-	state := fields[0][0]
-	return stat{pid: pid, parent: parent, group: group, zombie: state == 'Z' || state == 'X'}, true
+	s := stat{pid: pid, zombie: fields[0][0] == 'Z' || fields[0][0] == 'X'}
+	var errs [4]error
+	s.parent, errs[0] = strconv.Atoi(string(fields[1]))
+	s.group, errs[1] = strconv.Atoi(string(fields[2]))
+	s.session, errs[2] = strconv.Atoi(string(fields[3]))
+	s.start, errs[3] = strconv.ParseUint(string(fields[19]), 10, 64)
+	return s, errors.Join(errs[:]...) == nil
 }

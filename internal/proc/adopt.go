@@ -1,0 +1,279 @@
+//go:build linux
+
+package proc
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	handOverLimit = 5 * time.Second // for the shim's answer
+	adoptLimit    = 5 * time.Second // for the shim's answer, or until one without an agent has ended all
+	lockPause     = 10 * time.Millisecond
+)
+
+// ErrInCharge says that the child cannot be adopted because it was not handed
+// over: another agent is in charge of it.
+var ErrInCharge = errors.New("another agent is in charge")
+
+// HandOver leaves the child, which goes on, to whoever adopts it within d. The
+// shim keeps copies of keep for them, such as our ends of the child's pipes.
+// After nil, Wait returns ErrHandedOver. os.ErrProcessDone says that the child
+// has ended before: nothing changed, and Wait tells how. With another error it
+// was not handed over; only when the shim did not answer, which the error says,
+// is that open: then Wait returns ErrHandedOver all the same.
+//
+// When nobody comes in time, the child is asked to leave, is killed after
+// Grace, and can be adopted until it has ended.
+func (p *Process) HandOver(d time.Duration, keep ...*os.File) error {
+	if !p.stays {
+		return errors.New("hand over: needs a shim, a socket and a record")
+	}
+	if err := p.sayHandOver(d, keep); err != nil {
+		return err
+	}
+	select {
+	case <-p.done:
+	case why := <-p.refused:
+		return fmt.Errorf("hand over process %d: %s", p.pid, why)
+	case <-time.After(handOverLimit):
+		// The shim reads what we said before it sees that we are gone.
+		p.lifeline.close()
+		<-p.done
+		return fmt.Errorf("hand over process %d: no answer in %v", p.pid, handOverLimit)
+	}
+	if !errors.Is(p.err, ErrHandedOver) {
+		return os.ErrProcessDone
+	}
+	return nil
+}
+
+func (p *Process) sayHandOver(d time.Duration, keep []*os.File) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.gone {
+		return os.ErrProcessDone
+	}
+	if err := p.lifeline.say(keep, "%s %d", cmdHandOver, int64(d)); err != nil {
+		return p.signalError(0, err)
+	}
+	return nil
+}
+
+// Adopt takes charge of a child that was handed over. socket and record are
+// those of its Cmd; grace is for Stop. The files are those that HandOver kept,
+// in their order. When the child has ended meanwhile, Wait tells how, and there
+// are no files.
+//
+// ErrShimLost says that there is neither a shim nor a record of one,
+// ErrInCharge that the child was not handed over and is not to be had.
+func Adopt(socket, record string, grace time.Duration) (*Process, []*os.File, error) {
+	p, files, err := adoptLiving(socket, grace)
+	if err == nil || !absent(err) {
+		return p, files, err
+	}
+	if p, err = adoptEnded(record); err != nil {
+		return nil, nil, fmt.Errorf("adopt: %w", err)
+	}
+	return p, nil, nil
+}
+
+// absent tells whether err says that no shim waits: no socket, a socket that
+// nobody listens on, or one whose shim left while we were in its queue.
+func absent(err error) bool {
+	for _, gone := range []error{syscall.ENOENT, syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.EPIPE, errNoAnswer} {
+		if errors.Is(err, gone) {
+			return true
+		}
+	}
+	return false
+}
+
+var errNoAnswer = errors.New("the shim left without an answer")
+
+func adoptLiving(socket string, grace time.Duration) (*Process, []*os.File, error) {
+	l, err := dial(socket)
+	if err != nil {
+		return nil, nil, fmt.Errorf("adopt: %w", err)
+	}
+	p := &Process{grace: grace, lifeline: l, stays: true, refused: make(chan string, 1), done: make(chan struct{})}
+	if err := p.recognise(); err != nil {
+		closeAll(l.take())
+		l.close()
+		return nil, nil, fmt.Errorf("adopt: %w", err)
+	}
+	files := l.take()
+	go p.attend()
+	return p, files, nil
+}
+
+// recognise hears who the child is and proves that the other side is its shim:
+// of our user, and the parent of the very process that it names.
+func (p *Process) recognise() error {
+	peer, err := peerOf(p.lifeline.conn)
+	if err != nil {
+		return err
+	}
+	if int(peer.Uid) != os.Geteuid() {
+		return fmt.Errorf("the socket belongs to user %d", peer.Uid)
+	}
+	if err := p.lifeline.conn.SetReadDeadline(time.Now().Add(adoptLimit)); err != nil {
+		return err
+	}
+	said, err := p.lifeline.hear()
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("shim %d: no answer in %v", peer.Pid, adoptLimit)
+	case err != nil:
+		return fmt.Errorf("%w: %w", errNoAnswer, err)
+	case said[0] != sayAdopted || number(said, 1) <= 1:
+		return fmt.Errorf("shim %d said %q", peer.Pid, said)
+	}
+	p.meet(said)
+	// A handle of the process: its number may be given to another when it ends.
+	if p.shim, err = os.FindProcess(int(peer.Pid)); err != nil {
+		return fmt.Errorf("find shim %d: %w", peer.Pid, err)
+	}
+	// A child that has just been reaped shows nothing, but the shim will say
+	// that it ended, and we never signal its number ourselves.
+	if s, ok := statOf(p.pid); ok && (s.start != p.start || s.parent != int(peer.Pid)) {
+		_ = p.shim.Release()
+		return fmt.Errorf("process %d is not the one that was handed over: started at tick %d by %d, not %d by %d", p.pid, s.start, s.parent, p.start, peer.Pid)
+	}
+	return p.lifeline.conn.SetReadDeadline(time.Time{})
+}
+
+func peerOf(c *net.UnixConn) (*unix.Ucred, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var peer *unix.Ucred
+	var perr error
+	if err := raw.Control(func(fd uintptr) {
+		peer, perr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return nil, err
+	}
+	if perr != nil {
+		return nil, fmt.Errorf("ask who is there: %w", perr)
+	}
+	return peer, nil
+}
+
+// adoptEnded reads the record. A shim that nobody is in charge of may still be
+// ending the child, and holds the lock of the directory until it has.
+func adoptEnded(record string) (*Process, error) {
+	dir, err := os.Open(filepath.Dir(record))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrShimLost, err)
+	}
+	defer dir.Close()
+	for end := time.Now().Add(adoptLimit); ; time.Sleep(lockPause) {
+		err := unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			break // ours, or a file system without locks
+		}
+		if time.Now().After(end) {
+			return nil, ErrInCharge
+		}
+	}
+	exit, err := readRecord(record)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrShimLost, err)
+	}
+	p := &Process{gone: true, exit: exit, done: make(chan struct{})}
+	close(p.done)
+	return p, nil
+}
+
+// exitRecord is the file that tells how a child ended.
+type exitRecord struct {
+	Code     int  `json:"code"`
+	Signal   int  `json:"signal"`
+	Deadline bool `json:"deadline"`
+}
+
+// writeRecord replaces path as a whole.
+func writeRecord(path string, e Exit) error {
+	raw, err := json.Marshal(exitRecord{Code: e.Code, Signal: int(e.Signal), Deadline: e.Late})
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(path+".new", append(raw, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+func readRecord(path string) (Exit, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return Exit{}, err
+	}
+	var r exitRecord
+	if err := json.Unmarshal(raw, &r); err != nil {
+		return Exit{}, fmt.Errorf("read record %s: %w", path, err)
+	}
+	return Exit{Code: r.Code, Signal: syscall.Signal(r.Signal), Late: r.Deadline}, nil
+}
+
+// shortPath calls f with a name for path of a few bytes, valid only during the
+// call: the address of a socket holds 107, and a run's directory is longer.
+func shortPath(path string, f func(short string) error) error {
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return f("/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + filepath.Base(path))
+}
+
+func dial(path string) (*lifeline, error) {
+	var c *net.UnixConn
+	err := shortPath(path, func(short string) error {
+		var err error
+		c, err = net.DialUnix("unix", nil, &net.UnixAddr{Name: short, Net: "unix"})
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s: %w", path, err)
+	}
+	return &lifeline{conn: c}, nil
+}
+
+// listen opens a socket at path that only our user may connect to.
+func listen(path string) (*net.UnixListener, error) {
+	_ = os.Remove(path)
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var merr error
+		// The mode of the socket becomes that of the file.
+		if err := c.Control(func(fd uintptr) { merr = unix.Fchmod(int(fd), 0o600) }); err != nil {
+			return err
+		}
+		return merr
+	}}
+	var l net.Listener
+	err := shortPath(path, func(short string) error {
+		var err error
+		l, err = config.Listen(context.Background(), "unix", short)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listen at %s: %w", path, err)
+	}
+	u := l.(*net.UnixListener)
+	u.SetUnlinkOnClose(false) // it knows the short name alone
+	return u, nil
+}

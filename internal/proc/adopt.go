@@ -30,15 +30,15 @@ var ErrInCharge = errors.New("another agent is in charge")
 // HandOver leaves the child, which goes on, to whoever adopts it within d. The
 // shim keeps copies of keep for them, such as our ends of the child's pipes.
 // After nil, Wait returns ErrHandedOver. os.ErrProcessDone says that the child
-// has ended before: nothing changed, and Wait tells how. With another error it
-// was not handed over; only when the shim did not answer, which the error says,
-// is that open: then Wait returns ErrHandedOver all the same.
+// has ended before: nothing changed, and Wait tells how. ErrHandedOver is a
+// shim that did not answer: it will when it can, and the child is out of our
+// hands. After any other error we are still in charge.
 //
 // When nobody comes in time, the child is asked to leave, is killed after
 // Grace, and can be adopted until it has ended.
 func (p *Process) HandOver(d time.Duration, keep ...*os.File) error {
 	if !p.stays {
-		return errors.New("hand over: needs a shim, a socket and a record")
+		return errors.New("hand over: needs a shim, a socket and a record, and no writer for the output")
 	}
 	if err := p.sayHandOver(d, keep); err != nil {
 		return err
@@ -51,7 +51,7 @@ func (p *Process) HandOver(d time.Duration, keep ...*os.File) error {
 		// The shim reads what we said before it sees that we are gone.
 		p.lifeline.close()
 		<-p.done
-		return fmt.Errorf("hand over process %d: no answer in %v", p.pid, handOverLimit)
+		return fmt.Errorf("hand over process %d: no answer in %v: %w", p.pid, handOverLimit, ErrHandedOver)
 	}
 	if !errors.Is(p.err, ErrHandedOver) {
 		return os.ErrProcessDone

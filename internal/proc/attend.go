@@ -34,7 +34,11 @@ func (p *Process) startShim(c Cmd) (*Process, error) {
 	if p.lifeline, err = newLifeline(fds[0]); err != nil {
 		return nil, err
 	}
-	p.stays = c.Socket != "" && c.Record != ""
+	if c.Log != "" {
+		p.cmd.Stdout, p.cmd.Stderr = nil, nil
+	}
+	// Our writers go with us, and whoever writes into a broken pipe too.
+	p.stays = c.Socket != "" && c.Record != "" && p.cmd.Stdout == nil && p.cmd.Stderr == nil
 	p.cmd.Path = c.Shim[0]
 	p.cmd.Args = append([]string{}, c.Shim...)
 	p.cmd.ExtraFiles = append(append([]*os.File{}, c.Extra...), theirs)

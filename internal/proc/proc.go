@@ -95,8 +95,8 @@ type Cmd struct {
 	Socket string
 
 	// Record is the file in which the shim writes how the child ended, once
-	// everything below it is gone. A child can only be adopted when it has
-	// both Socket and Record.
+	// everything below it is gone. A child can only be handed over when it has
+	// both Socket and Record, and its output does not go to Stdout or Stderr.
 	Record string
 
 	// Orphaned is given to the hook of RunShim when the shim has ended the

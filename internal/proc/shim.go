@@ -200,6 +200,9 @@ func (s *shim) start(argv []string, lifeline int, deadline time.Duration, log st
 		return err
 	}
 	signal.Notify(s.changes, syscall.SIGCHLD)
+	// Our stderr may be a pipe of an agent that is gone; not ignored, because
+	// the child would inherit that.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	signal.Notify(s.signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	files := make([]uintptr, 0, lifeline)
 	for fd := range lifeline {

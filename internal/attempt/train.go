@@ -25,7 +25,7 @@ func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	if x.Config.Pretend {
 		devices = nil
 	}
-	child, err := x.Trainer.Start(plan, devices, x.Config.Environ)
+	child, err := x.Trainer.Start(plan, devices, x.Config.Environ, trainer.Options{Grace: x.Config.LeaveGrace})
 	if err != nil {
 		return nil, err
 	}
@@ -53,11 +53,6 @@ func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	defer stopUploads()
 	uploader := errgroup.Group{}
 	uploader.Go(func() error { return x.uploadCheckpoints(uploads, saved) })
-	text := errgroup.Group{}
-	text.Go(func() error {
-		x.tellText(child, ended)
-		return nil
-	})
 	for e := range child.Events() {
 		x.hear(e, saved)
 		if e.Ev == "result" {
@@ -67,7 +62,6 @@ func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	failure := child.Wait()
 	close(ended)
 	_ = g.Wait()
-	_ = text.Wait()
 	s := stopped(ctx)
 	if k := job.KindOf(s); s != nil && (k == job.CancelledByUser || k == job.LeaseLost) {
 		stopUploads()
@@ -111,18 +105,6 @@ func (x *run) hear(e trainer.Event, saved *latest) {
 	}
 	if x.board.hear(e.Event) {
 		x.ship.Show(x.board.progress(x.stage.now))
-	}
-}
-
-// tellText puts the trainer's own text into the agent's log, at a bounded rate.
-func (x *run) tellText(child *trainer.Run, ended <-chan struct{}) {
-	for {
-		select {
-		case line := <-child.Text():
-			x.log.Debug("trainer", "text", line)
-		case <-ended:
-			return
-		}
 	}
 }
 

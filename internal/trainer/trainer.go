@@ -1,19 +1,17 @@
 // Package trainer starts one Python trainer on given devices, yields its
 // events, and names its failure. The child gets a plan file, two descriptors
 // and an environment of its own; no key of ours is ever in it.
+//
+// The trainer may outlive the agent: HandOver leaves it to its shim, and Adopt
+// finds it again by its run directory, with every event that it ever sent.
 package trainer
 
 import (
-	"bytes"
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"syscall"
 	"time"
 
 	"lorayard/internal/job"
@@ -25,7 +23,7 @@ import (
 type Trainer struct {
 	Python  string            // interpreter of the trainer's environment
 	Dir     string            // directory that holds the package lora_train
-	Shim    []string          // argv that re-executes this binary as the shim
+	Shim    []string          // argv that re-executes this binary as the shim; needed
 	Backend string            // torch or dry
 	Dry     *wire.Dry         // the script of the dry backend
 	Env     map[string]string // beyond the allow-list, such as library paths
@@ -56,42 +54,39 @@ func Environment(environ []string, devices []string, home string, extra map[stri
 	return env
 }
 
-// Run is one running trainer.
-type Run struct {
-	proc     *proc.Process
-	commands *os.File
-	events   chan Event
-	log      chan string
+// Options are those of one run.
+type Options struct {
+	// Deadline is how long from now the trainer may run unless Extend is
+	// called: the longest time out of touch. 0 is for ever.
+	Deadline time.Duration
 
-	mu      sync.Mutex
-	said    *wire.Event // the error event
-	bad     error       // the protocol was broken
-	stopped stop
+	// Orphaned is given to the hook of the shim when it has ended the trainer
+	// because the agent is gone; empty for none.
+	Orphaned string
+
+	// Grace is how long the trainer may take to save and leave after a
+	// hand-over that nobody answered.
+	Grace time.Duration
 }
 
-// stop is who ended the run: nobody, a request to leave, or a kill.
-type stop int
-
+// Files in the run directory beside those of the protocol.
 const (
-	nobody stop = iota
-	asked
-	killed
+	planFile   = "plan.json"
+	eventsFile = "events.jsonl"
+	logFile    = "trainer.log" // its text, of which the shim keeps the newest 4 to 8 MiB
+	socketFile = "shim.sock"   // where the shim waits to be adopted
+	exitFile   = "exit.json"   // how the trainer ended, once all that it started is gone
 )
-
-// Event is one event and the line that carried it.
-type Event struct {
-	wire.Event
-	Line []byte
-}
 
 // Start writes the plan into its run directory and starts the child. devices
 // are UUIDs; empty means that the trainer uses the CPU.
-func (t *Trainer) Start(plan wire.Plan, devices []string, environ []string) (*Run, error) {
+func (t *Trainer) Start(plan wire.Plan, devices []string, environ []string, o Options) (*Run, error) {
 	plan.Backend, plan.Dry = t.Backend, t.Dry
-	if err := os.MkdirAll(plan.RunDir, 0o700); err != nil {
+	dir := plan.RunDir
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the run directory: %w", err)
 	}
-	path := filepath.Join(plan.RunDir, "plan.json")
+	path := filepath.Join(dir, planFile)
 	if err := wire.WritePlan(path, plan); err != nil {
 		return nil, err
 	}
@@ -105,160 +100,67 @@ func (t *Trainer) Start(plan wire.Plan, devices []string, environ []string) (*Ru
 		eventsW.Close()
 		return nil, fmt.Errorf("make the command pipe: %w", err)
 	}
-	r := &Run{commands: commandsW, events: make(chan Event, 64), log: make(chan string, 256)}
-	text := &lines{out: r.log}
 	p, err := proc.Start(proc.Cmd{
 		Path: t.Python, Args: []string{"-m", "lora_train", "--plan", path}, Dir: t.Dir,
-		Env:    Environment(environ, devices, plan.RunDir, t.Env),
-		Stdout: text, Stderr: text, Extra: []*os.File{eventsW, commandsR}, Shim: t.Shim,
+		Env:   Environment(environ, devices, dir, t.Env),
+		Extra: []*os.File{eventsW, commandsR}, Shim: t.Shim,
+		Grace: o.Grace, Deadline: o.Deadline, Orphaned: o.Orphaned,
+		Log: filepath.Join(dir, logFile), Socket: filepath.Join(dir, socketFile), Record: filepath.Join(dir, exitFile),
 	})
 	eventsW.Close()
 	commandsR.Close()
 	if err != nil {
 		eventsR.Close()
 		commandsW.Close()
-		return nil, &job.Failure{Kind: job.TrainerCrashed, Err: fmt.Errorf("start the trainer: %w", err)}
+		kind := job.TrainerCrashed
+		if errors.Is(err, proc.ErrLate) {
+			kind, err = job.AgentLost, fmt.Errorf("%w: %w", errOutOfTouch, err)
+		}
+		return nil, &job.Failure{Kind: kind, Err: fmt.Errorf("start the trainer: %w", err)}
 	}
-	r.proc = p
-	go r.read(eventsR)
+	r := newRun(p, dir, 0)
+	r.tap, r.commands = &tap{pipe: eventsR}, commandsW
+	go r.read(r.tap)
 	return r, nil
 }
 
-// read decodes events until the pipe ends. It always drains the pipe: the
-// trainer must never wait for us.
-func (r *Run) read(pipe *os.File) {
-	defer close(r.events)
-	defer pipe.Close()
-	d := wire.NewDecoder(pipe)
-	for {
-		e, line, err := d.Next()
-		if errors.Is(err, io.EOF) {
-			return
-		}
-		if err != nil {
-			r.mu.Lock()
-			r.bad = err
-			r.mu.Unlock()
-			_ = r.proc.Kill()
-			_, _ = io.Copy(io.Discard, pipe)
-			return
-		}
-		if e.Ev == "error" {
-			r.mu.Lock()
-			r.said = &e
-			r.mu.Unlock()
-		}
-		r.events <- Event{Event: e, Line: bytes.Clone(line)}
+// Adopt takes charge of the trainer that runs in runDir, which another agent
+// has handed over. Events yields all that the trainer ever sent, from the first
+// one on: those up to after, which the caller has had before, are marked Old.
+// When the trainer ended meanwhile, Events yields what it left, and Wait tells
+// how it ended.
+//
+// A Failure of kind trainer_crashed says that the trainer is gone and left no
+// trace of its end. ErrInCharge says that it is there, and not to be had.
+func Adopt(runDir string, after uint64) (*Run, error) {
+	p, files, err := proc.Adopt(filepath.Join(runDir, socketFile), filepath.Join(runDir, exitFile), 0)
+	if errors.Is(err, proc.ErrShimLost) {
+		return nil, &job.Failure{Kind: job.TrainerCrashed, Err: withLog(fmt.Errorf("adopt the trainer: %w", err), runDir)}
 	}
-}
-
-// Events yields events until the trainer closes its pipe. Whoever starts a run
-// must read them to the end.
-func (r *Run) Events() <-chan Event { return r.events }
-
-// Text yields lines of stdout and stderr; when nobody keeps up, lines are
-// dropped, because a flood of text must not hold up a training.
-func (r *Run) Text() <-chan string { return r.log }
-
-// PID is the trainer's process id, or the shim's where there is one.
-func (r *Run) PID() int { return r.proc.Pid() }
-
-// Leave asks the trainer to save a checkpoint and leave; after grace it is
-// killed. It returns at once.
-func (r *Run) Leave(grace time.Duration) {
-	r.end(asked)
-	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	if err != nil {
+		return nil, fmt.Errorf("adopt the trainer: %w", err)
+	}
+	r := newRun(p, runDir, after)
+	if len(files) == 2 {
+		r.tap, r.commands = &tap{pipe: files[0]}, files[1]
+	} else if len(files) != 0 {
+		for _, f := range files {
+			f.Close()
+		}
+		_ = p.Kill()
+		return nil, &job.Failure{Kind: job.TrainerCrashed, Err: fmt.Errorf("adopt the trainer: its shim kept %d files, not 2", len(files))}
+	}
+	// Opened now that nobody else reads the pipe: what is not in the file yet
+	// is still to come there. A trainer that just began has no file.
+	history, err := os.Open(filepath.Join(runDir, eventsFile))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		_ = p.Kill()
+		r.closePipes()
+		return nil, &job.Failure{Kind: job.TrainerCrashed, Err: fmt.Errorf("adopt the trainer: %w", err)}
+	}
 	go func() {
-		defer cancel()
-		_ = r.proc.Signal(syscall.SIGTERM)
-		select {
-		case <-r.proc.Done():
-		case <-ctx.Done():
-			_ = r.proc.Kill()
-		}
+		defer history.Close()
+		r.read(newRejoin(history, r.tap))
 	}()
-}
-
-// Kill ends the whole process group now.
-func (r *Run) Kill() {
-	r.end(killed)
-	_ = r.proc.Kill()
-}
-
-func (r *Run) end(s stop) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.stopped = max(r.stopped, s)
-}
-
-// Wait returns once the process group is gone: nil when the trainer finished,
-// else a *job.Failure with the trainer's own words for the user. Events must
-// have been read to their end.
-func (r *Run) Wait() error {
-	exit, err := r.proc.Wait()
-	r.commands.Close()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	switch {
-	case err != nil:
-		return &job.Failure{Kind: job.TrainerCrashed, Err: fmt.Errorf("wait for the trainer: %w", err)}
-	case r.bad != nil:
-		return &job.Failure{Kind: job.Protocol, Err: r.bad}
-	case exit.Code == 0 && exit.Signal == 0:
-		return nil
-	case r.stopped == killed:
-		return &job.Failure{Kind: job.Preempted, Err: errors.New("the trainer was killed by this agent")}
-	case r.said != nil && exit.Signal == 0:
-		message := r.said.Message
-		if r.said.Hint != "" {
-			message += " " + r.said.Hint
-		}
-		return &job.Failure{Kind: job.Kind(wire.KindOfExit(exit.Code)), Message: message, Err: errors.New(firstOf(r.said.Detail, r.said.Message))}
-	case exit.Signal != 0:
-		if r.stopped == asked {
-			return &job.Failure{Kind: job.Preempted, Err: errors.New("the trainer did not leave in time and was killed")}
-		}
-		return &job.Failure{Kind: job.TrainerCrashed, Err: fmt.Errorf("the trainer was ended by signal %v", exit.Signal)}
-	default:
-		return &job.Failure{Kind: job.Kind(wire.KindOfExit(exit.Code)), Err: fmt.Errorf("the trainer left with code %d", exit.Code)}
-	}
-}
-
-func firstOf(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
-}
-
-// lines cuts what is written into lines of at most 4 KiB.
-type lines struct {
-	mu  sync.Mutex
-	buf []byte
-	out chan<- string
-}
-
-const longestLine = 4 << 10
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for rest := p; len(rest) > 0; {
-		line, after, whole := bytes.Cut(rest, []byte("\n"))
-		if room := longestLine - len(l.buf); len(line) > room {
-			line = line[:room]
-		}
-		l.buf = append(l.buf, line...)
-		rest = after
-		if whole {
-			if text := strings.TrimRight(string(l.buf), "\r "); text != "" {
-				select {
-				case l.out <- text:
-				default:
-				}
-			}
-			l.buf = l.buf[:0]
-		}
-	}
-	return len(p), nil
+	return r, nil
 }

@@ -19,8 +19,8 @@ import (
 
 const (
 	handOverLimit = 5 * time.Second // for the shim's answer
-	adoptLimit    = 5 * time.Second // for the shim's answer, or until one without an agent has ended all
-	lockPause     = 10 * time.Millisecond
+	adoptLimit    = 5 * time.Second // for the shim's answer, and for a shim that is not ready
+	adoptPause    = 10 * time.Millisecond
 )
 
 // ErrInCharge says that the child cannot be adopted because it was not handed
@@ -73,20 +73,26 @@ func (p *Process) sayHandOver(d time.Duration, keep []*os.File) error {
 
 // Adopt takes charge of a child that was handed over. socket and record are
 // those of its Cmd; grace is for Stop. The files are those that HandOver kept,
-// in their order. When the child has ended meanwhile, Wait tells how, and there
-// are no files.
+// in their order. The deadline stands until Extend moves it. When the child has
+// ended meanwhile, Wait tells how, and there are no files.
 //
-// ErrShimLost says that there is neither a shim nor a record of one,
-// ErrInCharge that the child was not handed over and is not to be had.
+// A shim that has not been told to hand over, or is just ending its child, is
+// waited for: for 5 s, then it is ErrInCharge. ErrShimLost says that there is
+// neither a shim nor a record of one.
 func Adopt(socket, record string, grace time.Duration) (*Process, []*os.File, error) {
-	p, files, err := adoptLiving(socket, grace)
-	if err == nil || !absent(err) {
-		return p, files, err
+	for end := time.Now().Add(adoptLimit); ; time.Sleep(adoptPause) {
+		p, files, err := adoptLiving(socket, grace)
+		if absent(err) {
+			p, err = adoptEnded(record)
+		}
+		if errors.Is(err, ErrInCharge) && time.Now().Before(end) {
+			continue
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("adopt: %w", err)
+		}
+		return p, files, nil
 	}
-	if p, err = adoptEnded(record); err != nil {
-		return nil, nil, fmt.Errorf("adopt: %w", err)
-	}
-	return p, nil, nil
 }
 
 // absent tells whether err says that no shim waits: no socket, a socket that
@@ -105,13 +111,13 @@ var errNoAnswer = errors.New("the shim left without an answer")
 func adoptLiving(socket string, grace time.Duration) (*Process, []*os.File, error) {
 	l, err := dial(socket)
 	if err != nil {
-		return nil, nil, fmt.Errorf("adopt: %w", err)
+		return nil, nil, err
 	}
 	p := &Process{grace: grace, lifeline: l, stays: true, refused: make(chan string, 1), done: make(chan struct{})}
 	if err := p.recognise(); err != nil {
 		closeAll(l.take())
 		l.close()
-		return nil, nil, fmt.Errorf("adopt: %w", err)
+		return nil, nil, err
 	}
 	files := l.take()
 	go p.attend()
@@ -172,22 +178,17 @@ func peerOf(c *net.UnixConn) (*unix.Ucred, error) {
 	return peer, nil
 }
 
-// adoptEnded reads the record. A shim that nobody is in charge of may still be
-// ending the child, and holds the lock of the directory until it has.
+// adoptEnded reads the record. A shim that lives holds the lock of its
+// directory until it has written one.
 func adoptEnded(record string) (*Process, error) {
 	dir, err := os.Open(filepath.Dir(record))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrShimLost, err)
 	}
 	defer dir.Close()
-	for end := time.Now().Add(adoptLimit); ; time.Sleep(lockPause) {
-		err := unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB)
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			break // ours, or a file system without locks
-		}
-		if time.Now().After(end) {
-			return nil, ErrInCharge
-		}
+	// Any other error is a file system without locks.
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, ErrInCharge
 	}
 	exit, err := readRecord(record)
 	if err != nil {
@@ -203,11 +204,12 @@ type exitRecord struct {
 	Code     int  `json:"code"`
 	Signal   int  `json:"signal"`
 	Deadline bool `json:"deadline"`
+	Orphaned bool `json:"orphaned"`
 }
 
 // writeRecord replaces path as a whole.
 func writeRecord(path string, e Exit) error {
-	raw, err := json.Marshal(exitRecord{Code: e.Code, Signal: int(e.Signal), Deadline: e.Late})
+	raw, err := json.Marshal(exitRecord{Code: e.Code, Signal: int(e.Signal), Deadline: e.Late, Orphaned: e.Orphaned})
 	if err != nil {
 		return err
 	}
@@ -226,7 +228,7 @@ func readRecord(path string) (Exit, error) {
 	if err := json.Unmarshal(raw, &r); err != nil {
 		return Exit{}, fmt.Errorf("read record %s: %w", path, err)
 	}
-	return Exit{Code: r.Code, Signal: syscall.Signal(r.Signal), Late: r.Deadline}, nil
+	return Exit{Code: r.Code, Signal: syscall.Signal(r.Signal), Late: r.Deadline, Orphaned: r.Orphaned}, nil
 }
 
 // shortPath calls f with a name for path of a few bytes, valid only during the

@@ -109,6 +109,10 @@ type Exit struct {
 	Code   int            // the exit code; 128+Signal when a signal ended it
 	Signal syscall.Signal // 0 when the child left by itself
 	Late   bool           // the deadline passed, and the shim ended it
+
+	// Orphaned is told to who adopts: nobody was in charge, and the shim ended
+	// it, or had asked it to leave.
+	Orphaned bool
 }
 
 // String is the exit in words.

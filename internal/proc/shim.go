@@ -522,6 +522,7 @@ func (s *shim) finish() {
 		<-s.logged
 	}
 	s.leaveCgroup()
+	s.exit.Orphaned = s.orphaned
 	if s.record != "" {
 		if err := writeRecord(s.record, s.exit); err != nil {
 			fmt.Fprintln(os.Stderr, "shim:", err)

@@ -146,7 +146,7 @@ func TestAnAdopterThatDiesLeavesAnOrphan(t *testing.T) {
 }
 
 func TestNobodyAdoptsSoTheChildIsAskedThenKilled(t *testing.T) {
-	for part, want := range map[string]proc.Exit{"polite": {Code: 75}, "tree": {Code: 137, Signal: syscall.SIGKILL}} {
+	for part, want := range map[string]proc.Exit{"polite": {Code: 75, Orphaned: true}, "tree": {Code: 137, Signal: syscall.SIGKILL, Orphaned: true}} {
 		t.Run(part, func(t *testing.T) {
 			r, w := pipe(t)
 			orphaned, called := fifo(t)
@@ -226,7 +226,7 @@ func TestAnAgentThatWasKilledLeavesARecord(t *testing.T) {
 	a.Process.Kill()
 	a.Wait()
 	p, _ := adopt(t, c) // waits for the shim, which is still at work
-	ended(t, p, proc.Exit{Code: 137, Signal: syscall.SIGKILL})
+	ended(t, p, proc.Exit{Code: 137, Signal: syscall.SIGKILL, Orphaned: true})
 }
 
 func TestNothingToAdopt(t *testing.T) {
@@ -269,6 +269,33 @@ func TestAChildInCareIsNotToBeHad(t *testing.T) {
 	if _, err := proc.Start(c); !errors.Is(err, syscall.EBUSY) {
 		t.Errorf("a second child in the same directory: %v, want EBUSY", err)
 	}
+	if err := p.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ended(t, p, proc.Exit{Code: 75})
+}
+
+func TestAShimThatDoesNotAnswerHandsOverLater(t *testing.T) {
+	t.Parallel()
+	r, w := pipe(t)
+	c := home(t, proc.Cmd{Args: []string{"polite"}, Extra: []*os.File{w}, Grace: time.Minute})
+	p := start(t, c)
+	w.Close()
+	line(t, r)
+	shim := parentOf(t, p.Pid())
+	if err := syscall.Kill(shim, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.HandOver(time.Minute); !errors.Is(err, proc.ErrHandedOver) {
+		t.Errorf("hand over: %v, want ErrHandedOver", err)
+	}
+	if _, err := p.Wait(); !errors.Is(err, proc.ErrHandedOver) {
+		t.Errorf("Wait: %v, want ErrHandedOver", err)
+	}
+	if err := syscall.Kill(shim, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	p, _ = adopt(t, c)
 	if err := p.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -371,7 +398,7 @@ func TestTheDeadlineHoldsWhileNobodyIsThere(t *testing.T) {
 	}
 	line(t, called)
 	p, _ = adopt(t, c)
-	ended(t, p, proc.Exit{Code: 137, Signal: syscall.SIGKILL, Late: true})
+	ended(t, p, proc.Exit{Code: 137, Signal: syscall.SIGKILL, Late: true, Orphaned: true})
 }
 
 func TestTheControlGroupGoesWithTheChild(t *testing.T) {

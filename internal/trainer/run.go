@@ -210,6 +210,8 @@ func (r *Run) judge(exit proc.Exit, err error) *job.Failure {
 		return &job.Failure{Kind: job.TrainerCrashed, Err: fmt.Errorf("wait for the trainer: %w", err)}
 	case exit.Late:
 		return &job.Failure{Kind: job.AgentLost, Err: errOutOfTouch}
+	case exit.Orphaned && exit.Signal != 0:
+		return &job.Failure{Kind: job.AgentLost, Err: errors.New("the agent went, and nobody took its trainer over in time")}
 	case r.bad != nil:
 		return &job.Failure{Kind: job.Protocol, Err: r.bad}
 	case exit.Code == 0 && exit.Signal == 0:

@@ -310,6 +310,22 @@ func TestACrashShowsTheEndOfTheLog(t *testing.T) {
 	}
 }
 
+func TestATrainerThatNobodyTookOverIsTheAgentsLoss(t *testing.T) {
+	tr, p := fake(t, "trap '' TERM; echo deaf; while :; do sleep 1; done")
+	r := start(t, tr, p, trainer.Options{Grace: time.Millisecond})
+	gone := watch(t, parentOf(t, r.PID()))
+	if _, err := r.HandOver(time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	gone()
+	r = adopt(t, p, 0)
+	for range r.Events() {
+	}
+	if err := r.Wait(); job.KindOf(err) != job.AgentLost {
+		t.Errorf("Wait: %v, want agent_lost", err)
+	}
+}
+
 func TestATrainerWithoutATraceHasCrashed(t *testing.T) {
 	if _, err := trainer.Adopt(t.TempDir(), 0); job.KindOf(err) != job.TrainerCrashed {
 		t.Errorf("adopt: %v, want trainer_crashed", err)

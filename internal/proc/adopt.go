@@ -3,6 +3,7 @@
 package proc
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -186,49 +187,85 @@ func adoptEnded(record string) (*Process, error) {
 		return nil, fmt.Errorf("%w: %w", ErrShimLost, err)
 	}
 	defer dir.Close()
-	// Any other error is a file system without locks.
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	lock := unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if errors.Is(lock, unix.EWOULDBLOCK) {
 		return nil, ErrInCharge
 	}
-	exit, err := readRecord(record)
+	r, err := readRecord(record)
 	if err != nil {
+		if lock == nil { // else the file system has no locks, and the shim may live
+			bury(record)
+		}
 		return nil, fmt.Errorf("%w: %w", ErrShimLost, err)
 	}
+	exit := Exit{Code: r.Code, Signal: syscall.Signal(r.Signal), Late: r.Deadline, Orphaned: r.Orphaned}
 	p := &Process{gone: true, exit: exit, done: make(chan struct{})}
 	close(p.done)
 	return p, nil
 }
 
+// bury ends what a shim that was killed has left: the child went with it, but
+// not those that had left the child's group.
+func bury(record string) {
+	if r, err := readRecord(record + unfinished); err == nil && r.Cgroup != "" {
+		killCgroup(r.Cgroup)
+		removeCgroup(r.Cgroup)
+	}
+}
+
+// unfinished is the end of the record's name while the child runs. The shim
+// writes it early, also because there may be no room on the disk later.
+const unfinished = ".new"
+
 // exitRecord is the file that tells how a child ended.
 type exitRecord struct {
-	Code     int  `json:"code"`
-	Signal   int  `json:"signal"`
-	Deadline bool `json:"deadline"`
-	Orphaned bool `json:"orphaned"`
+	Code     int    `json:"code"`
+	Signal   int    `json:"signal"`
+	Deadline bool   `json:"deadline"`
+	Orphaned bool   `json:"orphaned"`
+	Cgroup   string `json:"cgroup"`
 }
+
+// beginRecord notes what has to be ended if the shim is killed.
+func beginRecord(path, cgroup string) error { return writeUnfinished(path, exitRecord{Cgroup: cgroup}) }
 
 // writeRecord replaces path as a whole.
 func writeRecord(path string, e Exit) error {
-	raw, err := json.Marshal(exitRecord{Code: e.Code, Signal: int(e.Signal), Deadline: e.Late, Orphaned: e.Orphaned})
-	if err != nil {
+	if err := writeUnfinished(path, exitRecord{Code: e.Code, Signal: int(e.Signal), Deadline: e.Late, Orphaned: e.Orphaned}); err != nil {
 		return err
 	}
-	if err := os.WriteFile(path+".new", append(raw, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(path+".new", path)
+	return os.Rename(path+unfinished, path)
 }
 
-func readRecord(path string) (Exit, error) {
+// writeUnfinished writes over what is there: its room is ours already.
+func writeUnfinished(path string, r exitRecord) error {
+	const size = 8 << 10 // more than the longest path
+	raw, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encode record: %w", err)
+	}
+	f, err := os.OpenFile(path+unfinished, os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	// JSON may end in blanks.
+	_, err = f.Write(append(raw, bytes.Repeat([]byte("\n"), max(0, size-len(raw)))...))
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	return nil
+}
+
+func readRecord(path string) (exitRecord, error) {
 	raw, err := os.ReadFile(path)
 	if err != nil {
-		return Exit{}, err
+		return exitRecord{}, err
 	}
 	var r exitRecord
 	if err := json.Unmarshal(raw, &r); err != nil {
-		return Exit{}, fmt.Errorf("read record %s: %w", path, err)
+		return exitRecord{}, fmt.Errorf("read record %s: %w", path, err)
 	}
-	return Exit{Code: r.Code, Signal: syscall.Signal(r.Signal), Late: r.Deadline, Orphaned: r.Orphaned}, nil
+	return r, nil
 }
 
 // shortPath calls f with a name for path of a few bytes, valid only during the

@@ -5,10 +5,8 @@ package proc
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -33,17 +31,11 @@ func newCgroup() (*cgroup, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &cgroup{path: filepath.Join(parent, "child-"+strconv.Itoa(os.Getpid()))}
-	if err := os.Mkdir(g.path, 0o755); errors.Is(err, fs.ErrExist) {
-		// Left by a shim of that number that was killed. It goes when it is empty.
-		if err := os.Remove(g.path); err != nil {
-			return nil, fmt.Errorf("remove stale cgroup: %w", err)
-		}
-		err = os.Mkdir(g.path, 0o755)
-		if err != nil {
-			return nil, fmt.Errorf("make cgroup: %w", err)
-		}
-	} else if err != nil {
+	// With the start time nobody else will ever have the name: whoever finds it
+	// in the files of a killed shim may kill what is in it.
+	self, _ := statOf(os.Getpid())
+	g := &cgroup{path: filepath.Join(parent, fmt.Sprintf("child-%d-%d", self.pid, self.start))}
+	if err := os.Mkdir(g.path, 0o755); err != nil {
 		return nil, fmt.Errorf("make cgroup: %w", err)
 	}
 	if _, err := os.Stat(filepath.Join(g.path, "cgroup.kill")); err != nil {
@@ -89,6 +81,14 @@ func cgroupDir(mountinfo, path string) (string, error) {
 		}
 	}
 	return "", errors.New("no cgroup version 2 is mounted")
+}
+
+// name is the group's directory; empty for no group.
+func (g *cgroup) name() string {
+	if g == nil {
+		return ""
+	}
+	return g.path
 }
 
 // kill ends every process in the group.

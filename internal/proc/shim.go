@@ -168,11 +168,7 @@ func (s *shim) identity() string {
 	if p, ok := statOf(s.child); ok { // a zombie at least: we have not reaped it
 		start = p.start
 	}
-	id := fmt.Sprint(s.child, " ", start)
-	if s.cgroup != nil {
-		id += " " + s.cgroup.path
-	}
-	return id
+	return fmt.Sprint(s.child, " ", start, " ", s.cgroup.name())
 }
 
 // start starts argv with the descriptors from 3 to below lifeline, and gives
@@ -226,6 +222,10 @@ func (s *shim) start(argv []string, lifeline int, deadline time.Duration, log st
 	}
 	for fd := 3; fd < lifeline; fd++ {
 		_ = syscall.Close(fd)
+	}
+	if s.record != "" {
+		// Without it, only less can be known after we were killed.
+		_ = beginRecord(s.record, s.cgroup.name())
 	}
 	go s.listen(s.lifeline)
 	return nil

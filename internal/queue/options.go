@@ -114,9 +114,12 @@ func options(url string) (*redis.Options, error) {
 	o.DialTimeout, o.DialerRetries = 2*time.Second, 1
 	o.ReadTimeout, o.WriteTimeout = 2*time.Second, 2*time.Second
 	o.ContextTimeoutEnabled = true // else a context's deadline does not bound a command
-	// Three commands less on each new connection: Redis coming back to 1,000
+	// Fewer commands on each new connection: Redis coming back to 1,000
 	// agents has enough to do.
 	o.DisableIdentity = true
+	// Nothing of ours is larger than a kilobyte; the default is 32 KiB each way
+	// and connection.
+	o.ReadBufferSize, o.WriteBufferSize = 4<<10, 4<<10
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	return o, nil
 }
@@ -136,10 +139,12 @@ func receiver(o redis.Options) *redis.Client {
 	// gate paces what is tried again. Without the gate this spins when Redis is
 	// away, so polled servers get the defaults.
 	o.MaxRetries = -1
-	// Dequeue, heartbeat and a few acknowledgements at a time; an idle agent
-	// keeps two, plus one subscription of Asynq's and one of ours. Redis's
-	// maxclients of 10,000 is 2,400 agents then.
-	o.PoolSize, o.MaxIdleConns = 6, 2
+	// An idle agent keeps two connections, plus one subscription of Asynq's and
+	// one of ours: Redis's maxclients of 10,000 is 2,400 agents. More are opened
+	// only while accepts are acknowledged. The pool is larger than that needs
+	// because after as many failed dials as it is large, go-redis probes Redis
+	// once a second only: a restart of 8 s is noticed sooner.
+	o.PoolSize, o.MaxIdleConns = 32, 2
 	return redis.NewClient(&o)
 }
 

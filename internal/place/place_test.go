@@ -84,6 +84,30 @@ func TestTwoPairsOfFourAreTwoGoodPairs(t *testing.T) {
 	}
 }
 
+func TestAHostOfManyDevicesIsSplitAlongItsLinks(t *testing.T) {
+	// Two islands of 10, even and odd; the search for the best set ends at 16.
+	h := gpus("a", "H100", 20)
+	for i := range 20 {
+		h.Links = append(h.Links, make([]int, 20))
+		for j := range 20 {
+			h.Links[i][j] = 1 + 9*((i+j+1)%2)
+		}
+	}
+	r := run(t, place.Input{
+		Jobs: []place.Job{want("1", "H100", 8), want("2", "H100", 1), want("3", "H100", 9)}, Hosts: []place.Host{h},
+		Running: []place.Running{runs("r", h, 0, 1)},
+	})
+	for i, island := range []int{1, 1, 0} { // one of the even island is busy
+		for _, d := range r.Assignments[i].Devices {
+			var n int
+			if _, err := fmt.Sscanf(d, "a-H100-%d", &n); err != nil || n%2 != island {
+				t.Errorf("%s goes to %v", r.Assignments[i].Job, r.Assignments[i].Devices)
+				break
+			}
+		}
+	}
+}
+
 func TestAnAvoidedHostIsTakenOnlyWhenNoOtherFits(t *testing.T) {
 	j := with(want("j", "H100", 1), func(j *place.Job) { j.Avoid = []string{"a"} })
 	if got := agents(run(t, place.Input{Jobs: []place.Job{j}, Hosts: []place.Host{gpus("a", "H100", 1), gpus("b", "H100", 4)}})); got["j"] != "b" {

@@ -332,10 +332,12 @@ func check(t fatal, in place.Input, r place.Result) {
 }
 
 func TestEveryAnswerKeepsTheRules(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		in := drawInput(t)
-		check(t, in, place.Place(in))
-	})
+	for range 20 { // a hundred fleets each, which take some milliseconds
+		rapid.Check(t, func(t *rapid.T) {
+			in := drawInput(t)
+			check(t, in, place.Place(in))
+		})
+	}
 }
 
 func TestTheOrderOfTheInputDoesNotMatter(t *testing.T) {

@@ -27,10 +27,10 @@ var uses = map[string]string{
 	// The agent's story.
 	"trainer": "job proc wire",
 	"ship":    "job metrics spool wire",
-	"attempt": "job metrics ship spool storage store trainer wire",
+	"attempt": "job metrics presence proc ship spool storage store trainer wire", // presence: what a shim reports; proc: its clock
 	"agent":   "attempt gpu job metrics store",
 	// The dispatcher's.
-	"dispatch": "job metrics place queue store",
+	"dispatch": "job metrics place queue store", // presence is joined to it in cmd
 	// Support, never linked into a shipped binary.
 	"storage/local":     "",
 	"devstack/services": "",

@@ -4,14 +4,17 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -23,6 +26,7 @@ import (
 	"lorayard/internal/gpu"
 	"lorayard/internal/gpu/nvml"
 	"lorayard/internal/metrics"
+	"lorayard/internal/presence"
 	"lorayard/internal/proc"
 	"lorayard/internal/queue"
 	"lorayard/internal/storage"
@@ -37,11 +41,22 @@ var version = "development"
 func main() {
 	// The shim is this binary, started again between agent and trainer.
 	if len(os.Args) > 1 && os.Args[1] == "shim" {
-		os.Exit(proc.RunShim(os.Args[2:], nil))
+		os.Exit(proc.RunShim(os.Args[2:], func(report string) {
+			// Nobody is left to be told of an error; the lease runs out.
+			_ = presence.SendReport(context.Background(), report)
+		}))
 	}
+	// Before anything else: a new version may be put in the place of this one.
+	self, selfErr := os.Executable()
 	ctx, stop := daemon.Signals(context.Background())
 	defer stop()
-	if err := run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr); err != nil {
+	err := run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr)
+	if errors.Is(err, agent.ErrRestart) && selfErr == nil {
+		// The same process goes on as the version that is on the disk now; a
+		// supervisor sees no difference. If that fails it starts us anew.
+		err = fmt.Errorf("start %s anew: %w", self, syscall.Exec(self, os.Args, os.Environ()))
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "agent:", err)
 		os.Exit(1)
 	}
@@ -51,7 +66,10 @@ const usage = `agent runs LoRA training jobs on the GPUs of this host.
 
 Usage: agent <verb> [flags]
 
-  run        take jobs until told to stop; SIGTERM drains: checkpoint, hand back, leave
+  run        take jobs until told to stop; SIGTERM drains at once: checkpoint, hand back, leave
+  drain      let the running agent take nothing new, finish or checkpoint --within a time, and leave
+  restart    start the running agent anew, as the version on disk; its trainers run on
+  status     say what the running agent does
   doctor     look at everything that a run needs and say what to do about problems
   version    print the version
   help       print this text; "agent <verb> --help" lists its flags
@@ -78,8 +96,12 @@ type settings struct {
 	Checkpoint  time.Duration `flag:"checkpoint-every" env:"CHECKPOINT_EVERY" default:"4m" help:"how often the trainer saves a checkpoint"`
 	LeaveGrace  time.Duration `flag:"leave-grace" env:"LEAVE_GRACE" default:"60s" help:"how long a trainer may take to save and leave"`
 	MinFree     int64         `flag:"min-free-bytes" env:"MIN_FREE_BYTES" default:"2147483648" help:"free disk below which nothing is started"`
+	HandOver    time.Duration `flag:"hand-over" env:"HAND_OVER" default:"60s" help:"how long trainers wait for the new process when the agent restarts; after that they save a checkpoint and leave"`
+	OutOfTouch  time.Duration `flag:"out-of-touch" env:"OUT_OF_TOUCH" default:"15m" help:"a trainer ends when the lease was not renewed for so long"`
 	Lease       time.Duration `flag:"lease" env:"LEASE" default:"5s" help:"how long the lease lasts beyond a renewal"`
 	Renew       time.Duration `flag:"renew" env:"RENEW" default:"1s" help:"how often the lease is renewed"`
+	Labels      []string      `flag:"labels" env:"LABELS" example:"zone=north,disk=nvme" help:"key=value pairs of this host that jobs may ask for"`
+	PresenceCA  string        `flag:"presence-ca" env:"PRESENCE_CA" help:"certificate file (PEM) that tls:// dispatchers must show; empty: the system's"`
 	OpsAddr     string        `flag:"ops-addr" env:"OPS_ADDR" default:"127.0.0.1:9091" help:"address of /metrics, /healthz and /readyz"`
 	LogLevel    string        `flag:"log-level" env:"LOG_LEVEL" default:"info" help:"debug, info, warn or error"`
 	LogFormat   string        `flag:"log-format" env:"LOG_FORMAT" default:"auto" help:"text, json, or auto: text on a terminal"`
@@ -91,6 +113,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		verb, args = args[0], args[1:]
 	}
 	switch verb {
+	case "drain", "restart", "status":
+		return tell(ctx, verb, args, environ, stdout)
 	case "run", "doctor":
 		var s settings
 		rest, err := config.Load(&s, args, environ)
@@ -119,7 +143,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		fmt.Fprint(stdout, usage)
 		return nil
 	default:
-		return fmt.Errorf("%q is not a verb; run, doctor, version and help are", verb)
+		return fmt.Errorf("%q is not a verb; see `agent help`", verb)
 	}
 }
 
@@ -129,6 +153,23 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("make %s: %w", dir, err)
 		}
+	}
+	lock, err := agent.Lock(s.DataDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	instance, err := instanceOf(s.DataDir)
+	if err != nil {
+		return err
+	}
+	labels, err := labelsOf(s.Labels)
+	if err != nil {
+		return err
+	}
+	roots, ca, err := rootsOf(s.PresenceCA)
+	if err != nil {
+		return err
 	}
 	devices, err := findDevices(ctx, s)
 	if err != nil {
@@ -153,7 +194,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		return err
 	}
 	m := metrics.NewAgent()
-	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Hostname: hostname, Version: version, BaseModels: models}
+	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Hostname: hostname, Version: version, BaseModels: models, Labels: labels}
 	for _, d := range devices {
 		self.Devices = append(self.Devices, store.Device(d))
 	}
@@ -161,21 +202,31 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if s.Backend == "dry" {
 		tr.Dry = &wire.Dry{Steps: s.DrySteps, StepSeconds: s.DryStepTime.Seconds(), Loss: [2]float64{3.2, 0.4}}
 	}
-	a := &agent.Agent{
-		Self: self, Store: st, Ledger: gpu.NewLedger(devices), Metrics: m, Log: log,
-		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, DataDir: s.DataDir},
-		NewNonce: uuid.NewString,
-		Runner: &attempt.Runner{
-			Store: st, Storage: bucket, Trainer: tr, Metrics: m, Log: log,
-			Config: attempt.Config{
-				DataDir: s.DataDir, ModelsDir: s.ModelsDir, Pretend: s.PretendGPUs > 0, Threads: s.Threads,
-				CheckpointEvery: s.Checkpoint, LeaveGrace: s.LeaveGrace, MinFreeBytes: s.MinFree, Environ: environ,
-			},
+	runner := &attempt.Runner{
+		Agent: s.ID, Boot: self.Boot, CA: ca, Store: st, Storage: bucket, Trainer: tr, Metrics: m, Log: log,
+		Config: attempt.Config{
+			DataDir: s.DataDir, ModelsDir: s.ModelsDir, Pretend: s.PretendGPUs > 0, Threads: s.Threads,
+			CheckpointEvery: s.Checkpoint, LeaveGrace: s.LeaveGrace, HandOver: s.HandOver, MinFreeBytes: s.MinFree, Environ: environ,
 		},
 	}
+	streams := &presence.Client{Agent: s.ID, Boot: self.Boot, Version: version, Roots: roots, Log: log}
+	a := agent.New(agent.Parts{
+		Self: self, Store: st, Ledger: gpu.NewLedger(devices), Runner: runner, Metrics: m, Log: log,
+		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, OutOfTouch: s.OutOfTouch, HandOver: s.HandOver},
+		NewNonce: uuid.NewString,
+		Dispatchers: func(addresses []string) {
+			streams.SetAddresses(addresses)
+			if err := runner.Announce(addresses); err != nil {
+				log.WarnContext(ctx, "shims do not know where to report to", "err", err)
+			}
+		},
+	})
+	streams.Look = a.Look
 	log.InfoContext(ctx, "agent starts", "version", version, "devices", len(devices), "pretend", s.PretendGPUs > 0)
 	return daemon.Run(ctx, log,
 		daemon.Ops(s.OpsAddr, m.Handler(), a.Ready),
+		daemon.Part{Name: "presence", Run: func(ctx context.Context) error { streams.Run(ctx); return nil }},
+		daemon.Part{Name: "control", Run: func(ctx context.Context) error { return a.Control(ctx, s.DataDir) }},
 		daemon.Part{Name: "agent", Run: a.Run},
 		daemon.Part{Name: "queue", Run: func(ctx context.Context) error {
 			return queue.Serve(ctx, queue.Server{
@@ -191,6 +242,52 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 			})
 		}},
 	)
+}
+
+// instanceOf names a data directory, once for its whole life: an agent that is
+// started on the same one is the heir of the process before.
+func instanceOf(dataDir string) (string, error) {
+	path := filepath.Join(dataDir, "instance")
+	raw, err := os.ReadFile(path)
+	if err == nil && uuid.Validate(strings.TrimSpace(string(raw))) == nil {
+		return strings.TrimSpace(string(raw)), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("read the data directory's name: %w", err)
+	}
+	id := uuid.NewString()
+	if err := os.WriteFile(path, []byte(id+"\n"), 0o600); err != nil {
+		return "", fmt.Errorf("name the data directory: %w", err)
+	}
+	return id, nil
+}
+
+func labelsOf(pairs []string) (map[string]string, error) {
+	labels := map[string]string{}
+	for _, pair := range pairs {
+		k, v, ok := strings.Cut(pair, "=")
+		if !ok || k == "" {
+			return nil, fmt.Errorf("LABELS: %q is not of the form key=value", pair)
+		}
+		labels[k] = v
+	}
+	return labels, nil
+}
+
+// rootsOf reads the certificates that dispatchers must show.
+func rootsOf(path string) (*x509.CertPool, string, error) {
+	if path == "" {
+		return nil, "", nil
+	}
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, "", fmt.Errorf("read PRESENCE_CA: %w", err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(raw) {
+		return nil, "", fmt.Errorf("PRESENCE_CA: %s holds no certificate in PEM", path)
+	}
+	return roots, string(raw), nil
 }
 
 // waitForStore connects to Postgres, however long it takes; nil when ctx ended.

@@ -11,12 +11,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
+
 	"lorayard/deploy"
 	"lorayard/internal/config"
 	"lorayard/internal/daemon"
 	"lorayard/internal/dispatch"
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
+	"lorayard/internal/place"
 	"lorayard/internal/queue"
 	"lorayard/internal/store"
 )
@@ -37,10 +40,20 @@ const usage = `dispatcher admits, places and hands over LoRA training jobs.
 
 Usage: dispatcher <verb> [flags]
 
-  serve      run the control plane (several may run, one leads)
-  migrate    bring the database to this version's schema
-  version    print the version
-  help       print this text; "dispatcher <verb> --help" lists its flags
+  serve                run the control plane (several may run, one leads)
+  migrate              bring the database to this version's schema
+
+  agents               list the agents, their devices, and why they take nothing new
+  jobs                 list the jobs that are not settled, and why they wait
+  cordon AGENT         give the agent nothing new; what it runs goes on (--reason)
+  uncordon AGENT       give it work again, also after a drain
+  drain AGENT          cordon it, and have its attempts elsewhere --within a time
+  pause JOB            save a checkpoint and keep the job in the queue
+  resume JOB           let a paused job go on
+  prioritize JOB N     place the job before those of lower priority (0 is usual)
+
+  version              print the version
+  help                 print this text; "dispatcher <verb> --help" lists its flags
 `
 
 // settings are those of serve. deploy/dispatcher.env.example is made of them.
@@ -50,10 +63,20 @@ type settings struct {
 	BaseModels  []string      `flag:"base-models" env:"BASE_MODELS" required:"true" example:"meta-llama/Llama-3.1-8B-Instruct" help:"base models that jobs may name; the first is the default"`
 	MaxGPUs     int           `flag:"max-gpus" env:"MAX_GPUS" default:"8" help:"the most GPUs that one job may ask for"`
 	OpsAddr     string        `flag:"ops-addr" env:"OPS_ADDR" default:"127.0.0.1:9090" help:"address of /metrics, /healthz and /readyz"`
+	Presence    string        `flag:"presence" env:"PRESENCE" default:"tcp://:9092" help:"where agents keep a stream: tcp://host:port, or tls://host:port with a certificate; off: nowhere, which costs seconds when an agent dies"`
+	Advertise   string        `flag:"advertise" env:"ADVERTISE" example:"tcp://dispatcher-1.internal:9092" help:"the same as agents reach it; empty: this host's name and PRESENCE's port"`
+	TLSCert     string        `flag:"presence-tls-cert" env:"PRESENCE_TLS_CERT" help:"certificate file (PEM) for tls://"`
+	TLSKey      string        `flag:"presence-tls-key" env:"PRESENCE_TLS_KEY" help:"its key file (PEM)"`
 	Poll        time.Duration `flag:"poll" env:"POLL" default:"1s" help:"catch-up round when no notification comes"`
 	Resend      time.Duration `flag:"resend" env:"RESEND" default:"1s" help:"send an attempt again that is not accepted after"`
 	Accept      time.Duration `flag:"accept" env:"ACCEPT" default:"5s" help:"take an attempt back that is not accepted after"`
 	Lease       time.Duration `flag:"lease" env:"LEASE" default:"5s" help:"the agents' lease, waited out after an outage of the database"`
+	Term        time.Duration `flag:"term" env:"LEADER_TERM" default:"3s" help:"the leader's own lease: a standby leads at most a third longer after it died"`
+	MinRun      time.Duration `flag:"min-run" env:"MIN_RUN" default:"10m" help:"an attempt is not preempted before it ran so long"`
+	Reserve     time.Duration `flag:"reserve-after" env:"RESERVE_AFTER" default:"2m" help:"a job for several GPUs that waits so long may reserve a host"`
+	MaxReserved int           `flag:"max-reserved" env:"MAX_RESERVED" default:"2" help:"the most hosts that are reserved at once"`
+	UserGPUs    int           `flag:"user-gpus" env:"USER_GPUS" default:"0" help:"GPUs at once of a user without a row in lorayard.quotas; 0: no limit"`
+	UserQueued  int           `flag:"user-queued" env:"USER_QUEUED" default:"0" help:"jobs of such a user that take part in the queue at once; 0: no limit"`
 	Patience    time.Duration `flag:"patience" env:"PATIENCE" default:"30s" help:"how long beyond its lease a silent agent keeps its attempts"`
 	LogLevel    string        `flag:"log-level" env:"LOG_LEVEL" default:"info" help:"debug, info, warn or error"`
 	LogFormat   string        `flag:"log-format" env:"LOG_FORMAT" default:"auto" help:"text, json, or auto: text on a terminal"`
@@ -83,6 +106,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 			return ignoreHelp(err)
 		}
 		return migrate(ctx, m, stdout)
+	case "agents", "jobs", "cordon", "uncordon", "drain", "pause", "resume", "prioritize":
+		return operate(ctx, verb, args, environ, stdout)
 	case "version":
 		fmt.Fprintln(stdout, "dispatcher", version)
 		return nil
@@ -90,7 +115,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		fmt.Fprint(stdout, usage)
 		return nil
 	default:
-		return fmt.Errorf("%q is not a verb; serve, migrate, version and help are", verb)
+		return fmt.Errorf("%q is not a verb; see `dispatcher help`", verb)
 	}
 }
 
@@ -136,20 +161,40 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		log.WarnContext(ctx, "Redis is not there yet; attempts are sent when it is", "err", err)
 	}
 	m := metrics.NewDispatcher()
-	d := dispatch.New(st, q, m, log, dispatch.Config{
-		Policy: job.Policy{BaseModels: s.BaseModels, MaxGPUs: s.MaxGPUs},
-		Poll:   s.Poll, Resend: s.Resend, Accept: s.Accept, Lease: s.Lease, Patience: s.Patience,
-	})
+	hostname, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("read the host name: %w", err)
+	}
+	self := store.Dispatcher{ID: uuid.NewString(), Name: hostname, Version: version}
+	streams, parts, err := presenceOf(ctx, s, &self, log)
+	if err != nil {
+		return err
+	}
+	policy := place.Usual()
+	policy.MinRun, policy.ReserveAfter, policy.MaxReserved = s.MinRun, s.Reserve, s.MaxReserved
+	made := dispatch.Parts{
+		Self: self, Store: st, Queue: q, Metrics: m, Log: log,
+		Config: dispatch.Config{
+			Policy: job.Policy{BaseModels: s.BaseModels, MaxGPUs: s.MaxGPUs}, Place: policy, UserGPUs: s.UserGPUs, UserQueued: s.UserQueued,
+			Poll: s.Poll, Resend: s.Resend, Accept: s.Accept, Lease: s.Lease, Patience: s.Patience, Term: s.Term,
+		},
+	}
+	if streams != nil {
+		made.Push = streams.Push
+	}
+	d := dispatch.New(made)
+	if streams != nil {
+		streams.Verify, streams.Died = verify(st), died(st, log)
+		streams.Connected, streams.Gone = d.Back, d.Gone
+	}
 	ready := func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()
 		return st.Ping(ctx)
 	}
-	log.InfoContext(ctx, "dispatcher starts", "version", version, "base_models", s.BaseModels)
-	return daemon.Run(ctx, log,
-		daemon.Ops(s.OpsAddr, m.Handler(), ready),
-		daemon.Part{Name: "dispatch", Run: d.Run},
-	)
+	log.InfoContext(ctx, "dispatcher starts", "version", version, "base_models", s.BaseModels, "presence", self.Address)
+	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run})...)
+	return daemon.Run(ctx, log, parts...)
 }
 
 func migrate(ctx context.Context, m migration, stdout io.Writer) error {

@@ -1,9 +1,11 @@
 // Package agent is the life of one GPU host: it registers, renews its lease
-// once a second, accepts what the dispatcher assigned, and drains when asked.
+// once a second, accepts what the dispatcher assigned, drains when asked, and
+// steps aside for its own next process without harm to what it runs.
 //
 // Out of touch is not dead: when a renewal fails, the attempts train on and
 // spool. They cannot change anything shared, because every write is fenced;
-// they end when the database says that they belong to somebody else.
+// they end when the database says that they belong to somebody else, or when
+// their shims have not heard of a renewal for too long.
 package agent
 
 import (
@@ -11,8 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -25,70 +25,135 @@ import (
 
 // Config is what an operator may turn.
 type Config struct {
-	Lease   time.Duration // how long the lease lasts beyond a renewal
-	Renew   time.Duration // how often it is renewed
-	DataDir string        // where attempts and cached data sets are kept
+	Lease      time.Duration // how long the lease lasts beyond a renewal
+	Renew      time.Duration // how often it is renewed
+	OutOfTouch time.Duration // a trainer ends when no renewal succeeded for so long
+	HandOver   time.Duration // how long trainers wait for the next process of this agent
 }
 
-// Agent is one host.
-type Agent struct {
+// Store is the database; *store.Store is one, the simulation brings another.
+type Store interface {
+	Register(ctx context.Context, a store.Agent, ttl time.Duration, adopt []job.Ref) ([]job.Ref, error)
+	Renew(ctx context.Context, a store.Agent, ttl time.Duration, state store.AgentState, refs []job.Ref) (store.Wanted, error)
+	Accept(ctx context.Context, a store.Agent, ref job.Ref) (job.Assignment, error)
+}
+
+// Runner runs attempts; *attempt.Runner is one, the simulation brings another.
+type Runner interface {
+	// Run carries an accepted attempt out until it is settled, lost or left
+	// to the next process; the cause of ctx's end says what to do.
+	Run(ctx context.Context, as job.Assignment, live *attempt.Live) error
+	// Left lists what an earlier process left to be gone on with, after what
+	// else it left behind is dead and removed.
+	Left(ctx context.Context) []attempt.Left
+	// Resume goes on with one.
+	Resume(ctx context.Context, l attempt.Left, live *attempt.Live) error
+	// Discard ends one that belongs to somebody else by now.
+	Discard(ctx context.Context, l attempt.Left)
+}
+
+// ErrRestart says that the agent stepped aside for its next process: its
+// trainers run on and wait to be adopted.
+var ErrRestart = errors.New("stepped aside for the next process of this agent")
+
+// Parts are what an agent is made of.
+type Parts struct {
 	Self    store.Agent
-	Store   *store.Store
+	Store   Store
 	Ledger  *gpu.Ledger
-	Runner  *attempt.Runner
+	Runner  Runner
 	Metrics *metrics.Agent
 	Log     *slog.Logger
 	Config  Config
 	// NewNonce draws the secret of an accept (a UUID).
 	NewNonce func() string
+	// Dispatchers hears where the dispatchers' presence streams are, at every
+	// renewal; nil hears nothing.
+	Dispatchers func([]string)
+	// Jitter turns a pause into the one that is made; nil leaves it. The
+	// simulation gives every pause a moment of its own.
+	Jitter func(time.Duration) time.Duration
+}
+
+// Agent is one host.
+type Agent struct {
+	Parts
+	started time.Time
+
+	look      chan struct{} // a renewal is wanted now
+	restart   chan struct{} // closed by Restart
+	restarted sync.Once
+	idle      chan struct{} // closed when a drain that ends the process is over
 
 	mu         sync.Mutex
 	running    map[job.Ref]*held
+	accepting  sync.WaitGroup
+	wg         sync.WaitGroup // attempts
 	registered bool
-	draining   bool
+	stepAside  bool // no more accepts: the next process goes on
+	drain      drain
 	lastRenew  error
-	wg         sync.WaitGroup
+}
+
+// New puts an agent together.
+func New(p Parts) *Agent {
+	return &Agent{
+		Parts: p, started: time.Now(), running: map[job.Ref]*held{},
+		look: make(chan struct{}, 1), restart: make(chan struct{}), idle: make(chan struct{}),
+	}
 }
 
 // held is one attempt under way.
 type held struct {
 	cancel  context.CancelCauseFunc
 	started time.Time
+	live    *attempt.Live
 }
 
-// Run registers, renews until ctx ends, then drains: attempts save a
-// checkpoint and are handed back. It returns store.ErrReplaced when another
-// process took this agent's id.
+// drain is the wish that an agent takes nothing new and lets go of what it
+// runs. It comes from the process's owner (a signal, `agent drain`), and then
+// the process ends, or from an operator of the fleet, and then it stays.
+type drain struct {
+	own, operator bool
+	by            time.Time   // attempts that are still there then are preempted
+	timer         *time.Timer // at by
+}
+
+func (d *drain) on() bool { return d.own || d.operator }
+
+// Run registers, goes on with what an earlier process left, renews until ctx
+// ends, then drains: attempts save a checkpoint and are handed back. It
+// returns store.ErrReplaced when another process took this agent's id, and
+// ErrRestart after Restart.
 func (a *Agent) Run(ctx context.Context) error {
-	a.running = map[job.Ref]*held{}
-	if err := a.register(ctx); err != nil {
+	left := a.Runner.Left(ctx)
+	kept, err := a.register(ctx, left)
+	if err != nil || ctx.Err() != nil {
 		return err
 	}
-	a.sweep()
-	life, die := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer die(nil)
+	a.resume(ctx, left, kept)
 
-	tick := time.NewTicker(a.Config.Renew)
-	defer tick.Stop()
-	drained := make(chan struct{})
+	life, die := context.WithCancel(context.WithoutCancel(ctx))
+	lease := make(chan error, 1)
+	go func() { lease <- a.keepLease(life) }()
+	defer func() {
+		die()
+		<-lease
+	}()
 	asked := ctx.Done()
 	for {
 		select {
 		case <-asked:
 			asked = nil
-			a.drain()
-			go func() {
-				a.wg.Wait()
-				close(drained)
-			}()
-			a.Log.InfoContext(life, "draining", "attempts", a.count())
-		case <-drained:
+			a.Drain(0)
+		case <-a.idle:
 			// The last renewal tells the dispatcher that nothing is free here.
 			_ = a.renew(life)
 			return nil
-		case <-tick.C:
-		}
-		if err := a.renew(life); errors.Is(err, store.ErrReplaced) {
+		case <-a.restart:
+			return a.handOver(life)
+		case err := <-lease:
+			lease <- nil
 			a.stopAll(attempt.ErrLeaseLost)
 			a.wg.Wait()
 			return fmt.Errorf("agent %s: %w: give each host an id of its own", a.Self.ID, err)
@@ -96,79 +161,142 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 }
 
-// register tries until the database takes it or ctx ends.
-func (a *Agent) register(ctx context.Context) error {
+// register tries until the database takes it or ctx ends. An id or a device
+// that a live agent on another host holds is waited for as long as a lease may
+// last, in case that agent is dead, and is then a mistake to be told.
+func (a *Agent) register(ctx context.Context, left []attempt.Left) ([]job.Ref, error) {
+	adopt := make([]job.Ref, len(left))
+	for i, l := range left {
+		adopt[i] = l.Assignment.Ref
+	}
+	var inUseSince time.Time
 	for {
-		err := a.Store.Register(ctx, a.Self, a.Config.Lease)
-		if err == nil {
+		kept, err := a.Store.Register(ctx, a.Self, a.Config.Lease, adopt)
+		switch {
+		case err == nil:
 			a.mu.Lock()
 			a.registered = true
 			a.mu.Unlock()
-			a.Log.InfoContext(ctx, "registered", "devices", len(a.Self.Devices), "base_models", a.Self.BaseModels)
-			return nil
-		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		if store.IsData(err) {
-			return err
+			a.Log.InfoContext(ctx, "registered", "devices", len(a.Self.Devices), "base_models", a.Self.BaseModels, "adopted", len(kept))
+			return kept, nil
+		case ctx.Err() != nil:
+			return nil, nil
+		case store.IsData(err):
+			return nil, err
+		case errors.Is(err, store.ErrInUse):
+			if inUseSince.IsZero() {
+				inUseSince = time.Now()
+			}
+			if time.Since(inUseSince) > 2*a.Config.Lease {
+				return nil, fmt.Errorf("%w: give each host an id of its own (AGENT_ID), or stop the other one", err)
+			}
 		}
 		a.Log.WarnContext(ctx, "not registered yet", "err", err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(time.Second):
+		a.pause(ctx, time.Second, nil)
+	}
+}
+
+// resume goes on with what was left and is still ours, and ends the rest.
+func (a *Agent) resume(ctx context.Context, left []attempt.Left, kept []job.Ref) {
+	ours := map[job.Ref]bool{}
+	for _, ref := range kept {
+		ours[ref] = true
+	}
+	for _, l := range left {
+		ref := l.Assignment.Ref
+		if !ours[ref] {
+			a.Log.WarnContext(ctx, "attempt was given away while nobody was here", "job", ref.Job, "attempt", ref.Attempt)
+			a.Runner.Discard(ctx, l)
+			continue
+		}
+		res, err := a.Ledger.Reserve(l.Assignment.Devices)
+		if err != nil {
+			// A device is gone or broken: the database gives the attempt back
+			// when this agent does not list it.
+			a.Log.ErrorContext(ctx, "attempt cannot go on", "job", ref.Job, "attempt", ref.Attempt, "err", err)
+			a.Runner.Discard(ctx, l)
+			continue
+		}
+		a.Log.InfoContext(ctx, "attempt goes on", "job", ref.Job, "attempt", ref.Attempt, "device", l.Assignment.Devices)
+		a.begin(l.Assignment, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Resume(ctx, l, live) })
+	}
+}
+
+// keepLease renews until ctx ends or another process took this agent's id.
+func (a *Agent) keepLease(ctx context.Context) error {
+	for {
+		if err := a.renew(ctx); errors.Is(err, store.ErrReplaced) {
+			return err
+		}
+		if a.pause(ctx, a.Config.Renew, a.look); ctx.Err() != nil {
+			return nil
 		}
 	}
 }
 
-// sweep removes what earlier processes left of attempts: registering has given
-// those back.
-func (a *Agent) sweep() {
-	dir := filepath.Join(a.Config.DataDir, "attempts")
-	old, err := os.ReadDir(dir)
-	if err != nil {
-		return // nothing was ever left
+// pause waits for d, a wake-up or the end of ctx.
+func (a *Agent) pause(ctx context.Context, d time.Duration, wake <-chan struct{}) {
+	if a.Jitter != nil {
+		d = a.Jitter(d)
 	}
-	for _, e := range old {
-		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
-			a.Log.Warn("leftovers of an attempt not removed", "err", err)
-		}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-wake:
+	case <-t.C:
 	}
 }
 
-// renew renews once and does what is wanted of each attempt.
+// Look asks for a renewal now: something that is wanted of this agent changed.
+func (a *Agent) Look() {
+	select {
+	case a.look <- struct{}{}:
+	default: // one is due already
+	}
+}
+
+// renew renews once and does what is wanted.
 func (a *Agent) renew(ctx context.Context) error {
 	a.mu.Lock()
 	refs := make([]job.Ref, 0, len(a.running))
 	for ref := range a.running {
 		refs = append(refs, ref)
 	}
-	draining := a.draining
+	state := store.AgentState{Draining: a.drain.own || a.stepAside}
 	a.mu.Unlock()
+	job.SortRefs(refs)
 
-	start := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	sent := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, max(time.Second, a.Config.Lease/2))
 	defer cancel()
-	wanted, err := a.Store.Renew(ctx, a.Self, a.Config.Lease, draining, refs)
-	a.Metrics.RenewSeconds.Observe(time.Since(start).Seconds())
+	wanted, err := a.Store.Renew(ctx, a.Self, a.Config.Lease, state, refs)
+	a.Metrics.RenewSeconds.Observe(time.Since(sent).Seconds())
 	a.note(ctx, err)
 	if err != nil {
 		return err
 	}
+	if a.Dispatchers != nil {
+		a.Dispatchers(wanted.Dispatchers)
+	}
+	a.heedDrain(wanted)
 	for _, ref := range refs {
 		a.mu.Lock()
 		h := a.running[ref]
 		a.mu.Unlock()
-		desired, mine := wanted[ref]
+		desired, mine := wanted.Attempts[ref]
 		switch {
 		case h == nil: // settled meanwhile
-		case !mine && h.started.After(start): // accepted meanwhile
+		case !mine && h.started.After(sent): // accepted meanwhile
 		case !mine:
 			h.cancel(attempt.ErrLeaseLost)
 		case desired == job.DesireCancel:
 			h.cancel(attempt.ErrCancelled)
-		case desired == job.DesirePreempt:
+		case desired == job.DesirePreempt || desired == job.DesirePause:
 			h.cancel(attempt.ErrPreempted)
+		default:
+			// The time counts from when we asked: the answer may be old.
+			h.live.Extend(a.Config.OutOfTouch - time.Since(sent))
 		}
 	}
 	return nil
@@ -198,7 +326,11 @@ func (a *Agent) note(ctx context.Context, err error) {
 // itself. queue.Serve calls it.
 func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	a.mu.Lock()
-	ready := a.registered && !a.draining
+	ready := a.registered && !a.drain.on() && !a.stepAside
+	if ready {
+		a.accepting.Add(1)
+		defer a.accepting.Done()
+	}
 	a.mu.Unlock()
 	if !ready {
 		a.Metrics.Accepts.WithLabelValues("refused").Inc()
@@ -211,6 +343,7 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	}
 	ref := t.Ref
 	ref.Nonce = a.NewNonce()
+	sent := time.Now()
 	as, err := a.Store.Accept(ctx, a.Self, ref)
 	if err != nil && job.KindOf(err) != job.LeaseLost && ctx.Err() == nil {
 		// The answer may be lost though the accept was not: ask once more with
@@ -227,35 +360,41 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 		return err
 	}
 	a.Metrics.Accepts.WithLabelValues("accepted").Inc()
-	a.start(as, res)
+	a.Log.Info("attempt accepted", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "device", as.Devices)
+	live := a.begin(as, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Run(ctx, as, live) })
+	live.Extend(a.Config.OutOfTouch - time.Since(sent))
 	return nil
 }
 
-// start runs the attempt in a goroutine that the agent waits for.
-func (a *Agent) start(as job.Assignment, res *gpu.Reservation) {
+// begin runs an attempt in a goroutine that the agent waits for.
+func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.Context, *attempt.Live) error) *attempt.Live {
 	ctx, cancel := context.WithCancelCause(context.Background())
+	live := &attempt.Live{}
+	live.Extend(a.Config.OutOfTouch)
+	live.Free = func() { a.Ledger.Release(res) }
 	a.mu.Lock()
-	a.running[as.Ref] = &held{cancel: cancel, started: time.Now()}
-	if a.draining {
+	a.running[as.Ref] = &held{cancel: cancel, started: time.Now(), live: live}
+	if a.drain.on() && !time.Now().Before(a.drain.by) {
 		cancel(attempt.ErrPreempted)
 	}
 	a.mu.Unlock()
-	a.Log.Info("attempt accepted", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "device", as.Devices)
 	a.gauges()
 	a.wg.Go(func() {
 		defer cancel(nil)
-		defer a.gauges()
-		defer func() {
-			a.mu.Lock()
-			delete(a.running, as.Ref)
-			a.mu.Unlock()
-		}()
-		// Released last: the trainer's process group is gone by then.
-		defer a.Ledger.Release(res)
-		if err := a.Runner.Run(ctx, as); err != nil && job.KindOf(err) != job.LeaseLost {
+		err := run(ctx, live)
+		if err != nil && job.KindOf(err) != job.LeaseLost && !errors.Is(err, attempt.ErrHandOver) {
 			a.Log.Error("attempt not settled", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "err", err)
 		}
+		if !errors.Is(err, attempt.ErrHandOver) {
+			live.Free()
+		}
+		a.mu.Lock()
+		delete(a.running, as.Ref)
+		a.checkIdle()
+		a.mu.Unlock()
+		a.gauges()
 	})
+	return live
 }
 
 func (a *Agent) gauges() {
@@ -275,11 +414,76 @@ func (a *Agent) gauges() {
 	a.Metrics.Devices.WithLabelValues("reserved").Set(float64(len(a.Self.Devices) - free - unfit))
 }
 
-func (a *Agent) drain() {
+// Drain makes the agent take nothing new, lets its attempts finish within the
+// given time, then save a checkpoint and go back to the queue, and ends Run
+// when none is left. Asked again, the earlier time counts.
+func (a *Agent) Drain(within time.Duration) {
 	a.mu.Lock()
-	a.draining = true
+	defer a.mu.Unlock()
+	a.drain.own = true
+	a.drainBy(time.Now().Add(within))
+	a.checkIdle()
+	a.Look() // the dispatcher must not give us more
+}
+
+// heedDrain does what an operator wants. Its drain leaves the process alive.
+func (a *Agent) heedDrain(w store.Wanted) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case w.Drain:
+		a.drain.operator = true
+		a.drainBy(time.Now().Add(w.DrainIn))
+	case a.drain.operator:
+		a.drain.operator = false
+		if !a.drain.own && a.drain.timer != nil {
+			a.drain.timer.Stop()
+			a.drain.timer = nil
+		}
+	}
+}
+
+// drainBy preempts what is left at the given time. a.mu is held.
+func (a *Agent) drainBy(by time.Time) {
+	if a.drain.timer != nil && !by.Before(a.drain.by.Add(-time.Second)) {
+		return // known, as far as clocks agree
+	}
+	if a.drain.timer != nil {
+		a.drain.timer.Stop()
+	}
+	a.drain.by = by
+	a.drain.timer = time.AfterFunc(time.Until(by), func() { a.stopAll(attempt.ErrPreempted) })
+	a.Log.Info("draining", "attempts", len(a.running), "by", by.UTC().Format(time.RFC3339))
+}
+
+// checkIdle ends a drain that is over. a.mu is held.
+func (a *Agent) checkIdle() {
+	if !a.drain.own || len(a.running) > 0 {
+		return
+	}
+	select {
+	case <-a.idle:
+	default:
+		close(a.idle)
+	}
+}
+
+// Restart makes Run step aside for the next process of this agent: it takes
+// nothing new, leaves its trainers running and returns ErrRestart.
+func (a *Agent) Restart() { a.restarted.Do(func() { close(a.restart) }) }
+
+// handOver leaves every attempt where its trainer runs on. What is not
+// training yet, or no more, is begun again by the next process.
+func (a *Agent) handOver(ctx context.Context) error {
+	a.mu.Lock()
+	a.stepAside = true
+	n := len(a.running)
 	a.mu.Unlock()
-	a.stopAll(attempt.ErrPreempted)
+	a.accepting.Wait()
+	a.Log.InfoContext(ctx, "stepping aside for the next process", "attempts", n)
+	a.stopAll(attempt.ErrHandOver)
+	a.wg.Wait()
+	return ErrRestart
 }
 
 func (a *Agent) stopAll(cause error) {
@@ -290,12 +494,6 @@ func (a *Agent) stopAll(cause error) {
 	}
 }
 
-func (a *Agent) count() int {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return len(a.running)
-}
-
 // Ready says why the agent must not be given work; nil when it may.
 func (a *Agent) Ready() error {
 	a.mu.Lock()
@@ -303,7 +501,7 @@ func (a *Agent) Ready() error {
 	switch {
 	case !a.registered:
 		return errors.New("not registered yet")
-	case a.draining:
+	case a.drain.on() || a.stepAside:
 		return errors.New("draining")
 	case a.lastRenew != nil:
 		return fmt.Errorf("out of touch: %w", a.lastRenew)

@@ -7,13 +7,16 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"lorayard/internal/job"
 	"lorayard/internal/storage"
+	"lorayard/internal/store"
 	"lorayard/internal/wire"
 )
 
@@ -36,8 +39,8 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 	if err != nil {
 		return wire.Plan{}, err
 	}
-	if err := x.Store.SetResumeStep(ctx, x.as.Ref, step); err != nil {
-		return wire.Plan{}, orStopped(ctx, err)
+	if err := x.setResumeStep(ctx, step); err != nil {
+		return wire.Plan{}, err
 	}
 	s := x.as.Spec
 	device := "cuda"
@@ -57,12 +60,23 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 	}, nil
 }
 
-// orStopped prefers the reason why ctx ended over the error that came of it.
-func orStopped(ctx context.Context, err error) error {
-	if s := stopped(ctx); s != nil {
-		return s
+// setResumeStep waits for a database that is away: that is no reason to give a
+// job back whose devices are here.
+func (x *run) setResumeStep(ctx context.Context, step int) error {
+	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+		call, cancel := context.WithTimeout(ctx, 15*time.Second)
+		err := x.Store.SetResumeStep(call, x.as.Ref, step)
+		cancel()
+		if err == nil || job.KindOf(err) == job.LeaseLost || store.IsData(err) {
+			return err
+		}
+		x.log.WarnContext(ctx, "the step to go on from is not recorded yet", "err", err)
+		select {
+		case <-ctx.Done():
+			return stopped(ctx)
+		case <-time.After(wait/2 + rand.N(wait)):
+		}
 	}
-	return err
 }
 
 func (x *run) checkDisk() error {

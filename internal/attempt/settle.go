@@ -24,6 +24,7 @@ func (x *run) settle(ctx context.Context, result *job.Result, err error) error {
 	if end.Outcome == store.OutcomeFailed {
 		x.log.WarnContext(ctx, "attempt failed", "kind", end.Failure.Kind, "err", end.Failure)
 	}
+	asked := ctx
 	ctx = context.WithoutCancel(ctx)
 	wait := 200 * time.Millisecond
 	for {
@@ -46,6 +47,10 @@ func (x *run) settle(ctx context.Context, result *job.Result, err error) error {
 			return fmt.Errorf("settlement refused for its values: %w", err)
 		}
 		x.log.WarnContext(ctx, "not settled yet", "err", err)
+		if errors.Is(context.Cause(asked), ErrHandOver) {
+			// The next process finds the same end, and settles it again.
+			return x.leave(x.heard)
+		}
 		time.Sleep(wait/2 + rand.N(wait))
 		wait = min(2*wait, 5*time.Second)
 	}

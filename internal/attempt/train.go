@@ -2,7 +2,9 @@ package attempt
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
@@ -13,24 +15,47 @@ import (
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 	"lorayard/internal/ship"
+	"lorayard/internal/store"
 	"lorayard/internal/trainer"
 	"lorayard/internal/wire"
 )
 
-// train runs the trainer to its end and returns its result event. Checkpoints
-// go to Storage while it trains.
+// train starts the trainer and follows it to its end.
 func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	x.enter(job.StagePreparing)
 	devices := x.as.Devices
 	if x.Config.Pretend {
 		devices = nil
 	}
-	child, err := x.Trainer.Start(plan, devices, x.Config.Environ, trainer.Options{Grace: x.Config.LeaveGrace})
+	child, err := x.Trainer.Start(plan, devices, x.Config.Environ, trainer.Options{
+		Deadline: max(x.live.left(), time.Nanosecond), // 0 would be for ever
+		Grace:    x.Config.LeaveGrace, Orphaned: filepath.Join(x.dir, reportFile),
+	})
 	if err != nil {
 		return nil, err
 	}
 	x.log.InfoContext(ctx, "trainer started", "pid", child.PID())
+	return x.follow(ctx, child)
+}
 
+// adopt takes charge of the trainer that the process before left, and follows
+// it to its end. Its events up to after were dealt with; they only tell where
+// it stands.
+func (x *run) adopt(ctx context.Context, after uint64) (*wire.Event, error) {
+	child, err := trainer.Adopt(x.dir, after)
+	if err != nil {
+		return nil, err
+	}
+	x.log.InfoContext(ctx, "trainer adopted", "pid", child.PID(), "event", after)
+	x.heard = after
+	return x.follow(ctx, child)
+}
+
+// follow hears the trainer to its end and returns its result event. Checkpoints
+// go to Storage while it trains.
+func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, error) {
+	x.live.attach(child)
+	defer x.live.attach(nil)
 	var result *wire.Event
 	saved := newLatest()
 	ended := make(chan struct{})
@@ -38,23 +63,32 @@ func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	g.Go(func() error { // the end of ctx, passed on to the child
 		select {
 		case <-ended:
+			return nil
 		case <-ctx.Done():
-			if k := job.KindOf(stopped(ctx)); k == job.CancelledByUser || k == job.LeaseLost {
-				child.Kill()
-			} else {
-				child.Leave(x.Config.LeaveGrace)
+		}
+		switch cause := context.Cause(ctx); {
+		case errors.Is(cause, ErrHandOver):
+			// A trainer that has ended meanwhile is told by Wait.
+			if _, err := child.HandOver(x.Config.HandOver); err != nil && !errors.Is(err, os.ErrProcessDone) {
+				x.log.WarnContext(ctx, "trainer not handed over cleanly", "err", err)
 			}
+		case job.KindOf(stopped(ctx)) == job.Preempted:
+			child.Leave(x.Config.LeaveGrace)
+		default:
+			child.Kill()
 		}
 		return nil
 	})
 	// The newest checkpoint is uploaded even after the trainer left on request;
-	// only a lost lease makes it pointless.
+	// only a lost lease or a cancel makes it pointless, and the next process of
+	// this agent has it on its disk.
 	uploads, stopUploads := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopUploads()
 	uploader := errgroup.Group{}
 	uploader.Go(func() error { return x.uploadCheckpoints(uploads, saved) })
 	for e := range child.Events() {
 		x.hear(e, saved)
+		x.heard = max(x.heard, e.Seq)
 		if e.Ev == "result" {
 			result = &e.Event
 		}
@@ -63,12 +97,17 @@ func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	close(ended)
 	_ = g.Wait()
 	s := stopped(ctx)
-	if k := job.KindOf(s); s != nil && (k == job.CancelledByUser || k == job.LeaseLost) {
+	left := errors.Is(failure, trainer.ErrHandedOver)
+	if k := job.KindOf(s); left || s != nil && (k == job.CancelledByUser || k == job.LeaseLost) {
 		stopUploads()
 	}
 	saved.close()
 	uploadErr := uploader.Wait()
 	switch {
+	case left:
+		return nil, x.leave(x.heard)
+	case failure != nil && errors.Is(context.Cause(ctx), ErrHandOver):
+		return nil, x.leave(x.heard) // it has ended, and the next process finds out how
 	case s != nil && failure != nil:
 		return nil, s
 	case failure != nil:
@@ -81,18 +120,31 @@ func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	return result, nil
 }
 
-// hear takes one event to where it belongs.
+// hear takes one event to where it belongs. An old one was dealt with by the
+// process before: it only tells where the trainer stands.
 func (x *run) hear(e trainer.Event, saved *latest) {
+	switch e.Ev {
+	case "checkpoint":
+		x.mu.Lock()
+		published := x.published
+		x.mu.Unlock()
+		if e.Step > published {
+			saved.put(e.Event)
+		}
+	case "stage":
+		if st := job.Stage(e.Stage); st != "done" {
+			x.enter(st)
+		}
+	}
+	if changed := x.board.hear(e.Event); e.Old {
+		return
+	} else if changed {
+		x.ship.Show(x.board.progress(x.stage.now))
+	}
 	switch e.Ev {
 	case "sample", "eval", "log":
 		if err := x.ship.Accept(e.Line); err != nil {
 			x.log.Error("event not spooled", "step", e.Step, "err", err)
-		}
-	case "checkpoint":
-		saved.put(e.Event)
-	case "stage":
-		if st := job.Stage(e.Stage); st != "done" {
-			x.enter(st)
 		}
 	case "hello":
 		x.log.Info("trainer says hello", "backend", e.Backend, "device", e.Device, "python", e.Python, "libraries", e.Libraries)
@@ -102,9 +154,6 @@ func (x *run) hear(e trainer.Event, saved *latest) {
 	case "error":
 		x.log.Warn("trainer reports an error", "kind", e.Kind, "err", e.Message)
 		x.ship.Say("error", e.Message+" "+e.Hint, e.Kind)
-	}
-	if x.board.hear(e.Event) {
-		x.ship.Show(x.board.progress(x.stage.now))
 	}
 }
 
@@ -269,11 +318,33 @@ func (x *run) uploadCheckpoint(ctx context.Context, e *wire.Event) error {
 		return err
 	}
 	c.Files = files
-	if err := x.Store.AddCheckpoint(ctx, ref, c); err != nil {
+	if err := x.addCheckpoint(ctx, c); err != nil {
 		return err
 	}
+	x.mu.Lock()
+	x.published = max(x.published, c.Step)
+	x.mu.Unlock()
 	x.log.InfoContext(ctx, "checkpoint published", "step", c.Step, "bytes", c.Bytes())
 	return nil
+}
+
+// addCheckpoint publishes a checkpoint that is in Storage. A database that is
+// away is waited for: what was uploaded should not be lost for it.
+func (x *run) addCheckpoint(ctx context.Context, c job.Checkpoint) error {
+	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+		call, cancel := context.WithTimeout(ctx, 15*time.Second)
+		err := x.Store.AddCheckpoint(call, x.as.Ref, c)
+		cancel()
+		if err == nil || job.KindOf(err) == job.LeaseLost || store.IsData(err) || ctx.Err() != nil {
+			return err
+		}
+		x.log.WarnContext(ctx, "checkpoint not published yet", "step", c.Step, "err", err)
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(wait/2 + rand.N(wait)):
+		}
+	}
 }
 
 // withManifest adds the manifest to the files that it lists, when it is not

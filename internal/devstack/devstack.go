@@ -234,7 +234,7 @@ func (s *Stack) Dispatcher(ctx context.Context, name string, settings ...string)
 	}
 	env := append([]string{
 		"DATABASE_URL=" + s.DatabaseURL, "REDIS_URL=" + s.RedisURL, "BASE_MODELS=" + strings.Join(s.BaseModels, ","),
-		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops),
+		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops), "PRESENCE=tcp://127.0.0.1:0",
 	}, append(s.Settings, settings...)...)
 	return s.process(ctx, name, filepath.Join(s.Bin, "dispatcher"), "serve", env, ops)
 }
@@ -253,6 +253,36 @@ func (s *Stack) Agent(ctx context.Context, id string, settings ...string) (*Proc
 		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops),
 	}, append(s.Settings, settings...)...)
 	return s.process(ctx, id, filepath.Join(s.Bin, "agent"), "run", env, ops)
+}
+
+// AgentDatabaseAt is the agents' database URL by another address: that of a
+// proxy before it.
+func (s *Stack) AgentDatabaseAt(addr string) string { return at(s.agentURL, addr) }
+
+// DatabaseAt and RedisAt are the like for the dispatchers' database and Redis.
+func (s *Stack) DatabaseAt(addr string) string { return at(s.DatabaseURL, addr) }
+
+// RedisAt is the URL of Redis by another address.
+func (s *Stack) RedisAt(addr string) string { return at(s.RedisURL, addr) }
+
+func at(rawURL, addr string) string {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		panic(err) // a URL of our own making
+	}
+	u.Host = addr
+	return u.String()
+}
+
+// Operate runs a verb of the dispatcher's binary as an operator does, and
+// returns what it printed.
+func (s *Stack) Operate(ctx context.Context, args ...string) (string, error) {
+	return run(ctx, filepath.Join(s.Bin, "dispatcher"), args, "DATABASE_URL="+s.DatabaseURL)
+}
+
+// Tell runs a verb of the agent's binary on the host of agent id.
+func (s *Stack) Tell(ctx context.Context, id string, args ...string) (string, error) {
+	return run(ctx, filepath.Join(s.Bin, "agent"), args, "DATA_DIR="+filepath.Join(s.Dir, id))
 }
 
 // Models is the directory of the base models.

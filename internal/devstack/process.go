@@ -123,3 +123,14 @@ func (p *Process) Stop(patience time.Duration) error {
 
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
+
+// run runs a verb of one of our binaries to its end.
+func run(ctx context.Context, bin string, args []string, env ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, bin, args...)
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}, env...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return string(out), fmt.Errorf("%s %s: %w: %s", filepath.Base(bin), args[0], err, out)
+	}
+	return string(out), nil
+}

@@ -1,16 +1,17 @@
 // Package dispatch turns rows into accepted attempts and takes back what was
-// lost: admit → settle cancels → take back → reap → place → assign → send.
-// Only the leader does it. Every step is one idempotent statement, so a leader
-// that wakes up late, or two of them, do no harm.
+// lost: admit → place → assign → send, and settle cancels → take back → reap.
+// Only the leader does it; every dispatcher, leader or standby, carries the
+// agents' presence streams. Every step is one idempotent statement, so a
+// leader that wakes up late, or two of them, do no harm.
 package dispatch
 
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"lorayard/internal/job"
@@ -22,85 +23,175 @@ import (
 
 // Config holds what an operator may turn.
 type Config struct {
-	Policy   job.Policy
-	Poll     time.Duration // catch-up round when nothing wakes us
-	Resend   time.Duration // an attempt that is not accepted is sent again after
-	Accept   time.Duration // and goes back to the queue after
-	Lease    time.Duration // an agent's lease, to wait out after an outage of the database
-	Patience time.Duration // beyond the end of a silent agent's lease
+	Policy     job.Policy
+	Place      place.Policy
+	UserGPUs   int           // GPUs at once of a user without a quota of their own; 0: no limit
+	UserQueued int           // jobs that take part in the queue at once, likewise
+	Poll       time.Duration // catch-up round when nothing wakes us
+	Resend     time.Duration // an attempt that is not accepted is sent again after
+	Accept     time.Duration // and goes back to the queue after
+	Lease      time.Duration // an agent's lease, to wait out after an outage of the database
+	Patience   time.Duration // beyond the end of a silent agent's lease
+	Term       time.Duration // the leader's own lease
+}
+
+// Store is the database; *store.Store is one, the simulation brings another.
+type Store interface {
+	Campaign(ctx context.Context, d store.Dispatcher, ttl time.Duration) (term int64, err error)
+	Resign(ctx context.Context, id string) error
+	Listen(ctx context.Context, wake func(payload string)) error
+
+	Unadmitted(ctx context.Context, n int) ([]store.Row, error)
+	Rates(ctx context.Context) (map[string]int64, error)
+	Admit(ctx context.Context, as []store.Admission) error
+	Refuse(ctx context.Context, id job.ID, message string) error
+
+	Waiting(ctx context.Context, n int) ([]store.Waiting, error)
+	Running(ctx context.Context) ([]store.Running, error)
+	Users(ctx context.Context) ([]store.User, error)
+	Hosts(ctx context.Context) ([]store.Host, error)
+	SetWaiting(ctx context.Context, waits []store.Wait) error
+	Assign(ctx context.Context, as []store.Assignment) ([]store.Send, error)
+	Preempt(ctx context.Context, refs []job.Ref) ([]job.Ref, error)
+
+	SettleCancelled(ctx context.Context) ([]job.ID, error)
+	TakeBack(ctx context.Context, after time.Duration, gone []string) ([]job.Ref, error)
+	Reap(ctx context.Context, id string, lease, patience time.Duration) ([]job.Ref, error)
+	Resend(ctx context.Context, after time.Duration) ([]store.Send, error)
+	Depths(ctx context.Context) (map[string]int, error)
+}
+
+// Queue carries tasks to agents; *queue.Client is one.
+type Queue interface {
+	SendAll(ctx context.Context, sends []queue.Send) []error
+}
+
+// Parts are what a dispatcher is made of.
+type Parts struct {
+	Self    store.Dispatcher
+	Store   Store
+	Queue   Queue
+	Metrics *metrics.Dispatcher
+	Log     *slog.Logger
+	Config  Config
+	// Push tells an agent over its presence stream to look what is wanted of
+	// it; nil tells nobody.
+	Push func(agent string) bool
+	// Jitter turns a pause into the one that is made; nil leaves it. The
+	// simulation gives every pause a moment of its own.
+	Jitter func(time.Duration) time.Duration
 }
 
 // Dispatcher moves jobs from rows to agents.
 type Dispatcher struct {
-	Store   *store.Store
-	Queue   *queue.Client
-	Metrics *metrics.Dispatcher
-	Log     *slog.Logger
-	Config  Config
+	Parts
 
-	wake chan struct{}
-	// judgeFrom is when the reaper may judge again: the database was away
-	// before, and no agent could renew.
-	judgeFrom time.Time
+	wake      chan struct{} // a round is wanted
+	vacant    chan struct{} // the leader resigned
+	cancelled atomic.Bool   // a job without an attempt was cancelled
+	stale     atomic.Bool   // what is known of hosts is
+
+	mu   sync.Mutex
+	gone map[string]string // agent → boot: its presence stream ended and did not come back
+
+	known known // what the leader remembers between rounds
 }
 
 // New puts a dispatcher together.
-func New(s *store.Store, q *queue.Client, m *metrics.Dispatcher, log *slog.Logger, c Config) *Dispatcher {
-	return &Dispatcher{Store: s, Queue: q, Metrics: m, Log: log, Config: c, wake: make(chan struct{}, 1)}
+func New(p Parts) *Dispatcher {
+	return &Dispatcher{Parts: p, wake: make(chan struct{}, 1), vacant: make(chan struct{}, 1), gone: map[string]string{}}
 }
 
 // Run leads whenever it can, until ctx ends; otherwise it stands by.
 func (d *Dispatcher) Run(ctx context.Context) error {
+	var listener sync.WaitGroup
+	defer listener.Wait()
+	listener.Go(func() { d.listen(ctx) })
 	for ctx.Err() == nil {
-		led, err := d.Store.Lead(ctx, d.lead)
-		switch {
+		sent := time.Now()
+		switch term, err := d.campaign(ctx); {
 		case ctx.Err() != nil:
 		case err != nil:
 			d.Log.WarnContext(ctx, "not leading", "err", err)
-		case !led:
-			d.Log.DebugContext(ctx, "another dispatcher leads")
+		case term > 0:
+			d.lead(ctx, term, sent)
 		}
-		d.Metrics.Leader.Set(0)
-		pause(ctx, time.Second)
+		if ctx.Err() == nil {
+			d.pause(ctx, d.Config.Term/3, d.vacant)
+		}
+	}
+	// Make room at once, instead of after our term.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := d.Store.Resign(ctx, d.Self.ID); err != nil {
+		d.Log.WarnContext(ctx, "not resigned; a standby leads when the term is over", "err", err)
 	}
 	return nil
 }
 
-// lead runs rounds until ctx ends: at once when something wakes it, else every
-// Poll.
-func (d *Dispatcher) lead(ctx context.Context) error {
-	d.Log.InfoContext(ctx, "leading")
-	d.Metrics.Leader.Set(1)
-	// What happened before this process led is unknown, and agents may have
-	// been without a database: nobody is judged before a full lease is over.
-	d.judgeFrom = time.Now().Add(d.Config.Lease)
-
-	var listener sync.WaitGroup
-	defer listener.Wait()
-	ctx, cancel := context.WithCancel(ctx)
+func (d *Dispatcher) campaign(ctx context.Context) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.Config.Term/2)
 	defer cancel()
-	listener.Go(func() { d.listen(ctx) })
+	return d.Store.Campaign(ctx, d.Self, d.Config.Term)
+}
 
-	tick := time.NewTicker(d.Config.Poll)
-	defer tick.Stop()
-	for {
+// errDeposed ends a leader's rounds.
+var errDeposed = errors.New("the term is over")
+
+// lead runs rounds until ctx or the term ends: at once when something wakes it,
+// else every Poll.
+func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
+	d.Log.InfoContext(ctx, "leading", "term", term)
+	d.Metrics.Leader.Set(1)
+	defer d.Metrics.Leader.Set(0)
+	ctx, depose := context.WithCancelCause(ctx)
+	defer depose(nil)
+	var keeper sync.WaitGroup
+	defer keeper.Wait()
+	keeper.Go(func() { depose(d.keepTerm(ctx, term, sent)) })
+
+	d.stale.Store(true)
+	var full time.Time // when everything was last looked at
+	for ctx.Err() == nil {
 		start := time.Now()
-		if err := d.Round(ctx); err != nil {
+		everything := time.Since(full) >= d.Config.Poll
+		if everything {
+			full = start
+		}
+		if err := d.Round(ctx, everything); err != nil {
 			if ctx.Err() != nil {
-				return context.Cause(ctx)
+				break
 			}
 			d.Metrics.Rounds.WithLabelValues("error").Inc()
-			d.judgeFrom = time.Now().Add(d.Config.Lease)
 			d.Log.WarnContext(ctx, "round not finished", "err", err)
 		} else {
 			d.Metrics.Rounds.WithLabelValues("ok").Inc()
 		}
 		d.Metrics.RoundSecs.Observe(time.Since(start).Seconds())
-		select {
-		case <-ctx.Done():
+		d.pause(ctx, max(0, d.Config.Poll-time.Since(full)), d.wake)
+	}
+	depose(nil)
+	keeper.Wait()
+	d.Log.InfoContext(ctx, "no longer leading", "term", term, "err", context.Cause(ctx))
+}
+
+// keepTerm renews the term until ctx ends, another dispatcher leads, or our
+// time is over: counted from when we asked, because the answer may be old.
+func (d *Dispatcher) keepTerm(ctx context.Context, term int64, sent time.Time) error {
+	until := sent.Add(d.Config.Term)
+	for {
+		if d.pause(ctx, d.Config.Term/3, nil); ctx.Err() != nil {
 			return context.Cause(ctx)
-		case <-d.wake:
-		case <-tick.C:
+		}
+		sent := time.Now()
+		now, err := d.campaign(ctx)
+		switch {
+		case err == nil && now == term:
+			until = sent.Add(d.Config.Term)
+		case err == nil:
+			return errDeposed
+		case !time.Now().Before(until):
+			return errors.Join(errDeposed, err)
 		}
 	}
 }
@@ -109,106 +200,123 @@ func (d *Dispatcher) lead(ctx context.Context) error {
 // breaks. Losing one costs at most Poll.
 func (d *Dispatcher) listen(ctx context.Context) {
 	for ctx.Err() == nil {
-		err := d.Store.Listen(ctx, func(string) { d.Wake() })
+		err := d.Store.Listen(ctx, d.heed)
 		if ctx.Err() != nil {
 			return
 		}
 		d.Log.WarnContext(ctx, "not listening, polling meanwhile", "err", err)
-		pause(ctx, time.Second)
+		d.pause(ctx, time.Second, nil)
 	}
 }
 
+// heed takes one notification: job, settled, cancelled, agent, look or leader,
+// and what it is about.
+func (d *Dispatcher) heed(payload string) {
+	what, id, _ := strings.Cut(payload, ":")
+	switch what {
+	case "look":
+		if d.Push != nil {
+			d.Push(id)
+		}
+		d.stale.Store(true) // a drain is such a wish
+	case "leader":
+		poke(d.vacant)
+		return
+	case "cancelled":
+		d.cancelled.Store(true)
+	case "agent":
+		d.stale.Store(true)
+	}
+	d.Wake()
+}
+
 // Wake asks for a round now.
-func (d *Dispatcher) Wake() {
+func (d *Dispatcher) Wake() { poke(d.wake) }
+
+func poke(c chan struct{}) {
 	select {
-	case d.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default: // one is due already
 	}
 }
 
-// Round does everything that is due, once. A step that fails does not keep the
-// others from being done.
-func (d *Dispatcher) Round(ctx context.Context) error {
-	return errors.Join(d.admit(ctx), d.settleCancelled(ctx), d.takeBack(ctx), d.reap(ctx), d.resend(ctx), d.place(ctx), d.count(ctx))
+// pause waits for t, a wake-up or the end of ctx.
+func (d *Dispatcher) pause(ctx context.Context, t time.Duration, wake <-chan struct{}) {
+	if d.Jitter != nil {
+		t = d.Jitter(t)
+	}
+	timer := time.NewTimer(t)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-wake:
+	case <-timer.C:
+	}
 }
 
-const batch = 500
+// Gone says that an agent's presence stream ended and did not come back in
+// time. That proves no death: what it runs is left to its lease. It is given
+// nothing new, and what it has not accepted goes back.
+func (d *Dispatcher) Gone(agent, boot string) {
+	d.mu.Lock()
+	d.gone[agent] = boot
+	d.mu.Unlock()
+	d.Wake()
+}
 
-func (d *Dispatcher) admit(ctx context.Context) error {
-	rows, err := d.Store.Unadmitted(ctx, batch)
-	if err != nil || len(rows) == 0 {
-		return err
+// Back says that an agent has a presence stream.
+func (d *Dispatcher) Back(agent, _ string) {
+	d.mu.Lock()
+	delete(d.gone, agent)
+	d.mu.Unlock()
+	d.stale.Store(true)
+	d.Wake()
+}
+
+func (d *Dispatcher) goneAgents() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := make([]string, 0, len(d.gone))
+	for a := range d.gone {
+		out = append(out, a)
 	}
-	rates, err := d.Store.Rates(ctx)
-	if err != nil {
-		return err
+	return out
+}
+
+// Round does what is due, once: always what a new job waits for, and with
+// everything also what only time makes due. A step that fails does not keep
+// the others from being done.
+func (d *Dispatcher) Round(ctx context.Context, everything bool) error {
+	errs := []error{d.admit(ctx)}
+	if d.cancelled.Swap(false) || everything {
+		errs = append(errs, d.settleCancelled(ctx))
 	}
-	var errs []error
-	for _, row := range rows { // one bad row never blocks the others
-		if err := d.admitOne(ctx, row, rates); err != nil {
-			errs = append(errs, err)
-		}
+	if everything || len(d.goneAgents()) > 0 {
+		errs = append(errs, d.takeBack(ctx))
+	}
+	if everything {
+		errs = append(errs, d.reap(ctx), d.resend(ctx))
+	}
+	errs = append(errs, d.place(ctx, everything))
+	if everything {
+		errs = append(errs, d.count(ctx))
 	}
 	return errors.Join(errs...)
 }
 
-func (d *Dispatcher) admitOne(ctx context.Context, row store.Row, rates map[string]int64) error {
-	spec, err := job.ParseSpec(row.Preset, row.Hyperparameters, row.GPUConfig, d.Config.Policy)
-	refusal := ""
-	if err != nil {
-		refusal = job.ForUser(err)
-	}
-	// The database refuses a user's insert on another's data set; this holds
-	// for rows that the app's server inserted.
-	if row.DatasetOwner != row.User {
-		refusal = join(refusal, "dataset_id is not one of your data sets: choose one of your own.")
-	} else if row.DatasetDeleted {
-		refusal = join(refusal, "the data set was deleted: choose another one.")
-	} else if row.DatasetStatus == "error" {
-		refusal = join(refusal, "the data set did not pass validation: correct its file and upload it again.")
-	}
-	if refusal != "" {
-		d.Metrics.Admitted.WithLabelValues("refused").Inc()
-		d.Log.InfoContext(ctx, "job refused", "job", row.ID, "err", refusal)
-		return d.Store.Refuse(ctx, row.ID, refusal)
-	}
-	rate, ok := rates[spec.GPUClass()]
-	if !ok {
-		return fmt.Errorf("admit job %s: no rate for %s in lorayard.rates: add one", row.ID, spec.GPUClass())
-	}
-	hyper, err := spec.Hyperparameters(row.Hyperparameters)
-	if err != nil {
-		return fmt.Errorf("admit job %s: %w", row.ID, err)
-	}
-	gpus, err := spec.GPUConfig(row.GPUConfig, strconv.FormatFloat(float64(rate)/1e6, 'f', -1, 64))
-	if err != nil {
-		return fmt.Errorf("admit job %s: %w", row.ID, err)
-	}
-	if err := d.Store.Admit(ctx, row.ID, spec, hyper, gpus); err != nil {
-		return err
-	}
-	d.Metrics.Admitted.WithLabelValues("admitted").Inc()
-	d.Log.InfoContext(ctx, "job admitted", "job", row.ID)
-	return nil
-}
-
-func join(a, b string) string {
-	if a == "" {
-		return b
-	}
-	return a + " " + b
-}
+// batch bounds one statement's rows.
+const batch = 1000
 
 func (d *Dispatcher) settleCancelled(ctx context.Context) error {
-	refs, err := d.Store.SettleCancelled(ctx)
-	for _, ref := range refs {
-		d.Log.InfoContext(ctx, "cancelled job settled", "job", ref.Job, "attempt", ref.Attempt)
+	ids, err := d.Store.SettleCancelled(ctx)
+	for _, id := range ids {
+		d.Log.InfoContext(ctx, "cancelled job settled", "job", id)
 	}
 	return err
 }
 
 func (d *Dispatcher) takeBack(ctx context.Context) error {
-	refs, err := d.Store.TakeBack(ctx, d.Config.Accept)
+	refs, err := d.Store.TakeBack(ctx, d.Config.Accept, d.goneAgents())
 	for _, ref := range refs {
 		d.Metrics.TakenBack.Inc()
 		d.Log.WarnContext(ctx, "attempt was not accepted", "job", ref.Job, "attempt", ref.Attempt)
@@ -217,10 +325,7 @@ func (d *Dispatcher) takeBack(ctx context.Context) error {
 }
 
 func (d *Dispatcher) reap(ctx context.Context) error {
-	if time.Now().Before(d.judgeFrom) {
-		return nil
-	}
-	refs, err := d.Store.Reap(ctx, d.Config.Patience)
+	refs, err := d.Store.Reap(ctx, d.Self.ID, d.Config.Lease, d.Config.Patience)
 	for _, ref := range refs {
 		d.Metrics.Reaped.Inc()
 		d.Log.WarnContext(ctx, "attempt lost with its agent", "job", ref.Job, "attempt", ref.Attempt)
@@ -230,85 +335,32 @@ func (d *Dispatcher) reap(ctx context.Context) error {
 
 func (d *Dispatcher) resend(ctx context.Context) error {
 	sends, err := d.Store.Resend(ctx, d.Config.Resend)
-	return errors.Join(err, d.send(ctx, sends))
-}
-
-func (d *Dispatcher) place(ctx context.Context) error {
-	waiting, err := d.Store.Waiting(ctx, batch)
-	if err != nil {
-		return err
-	}
-	hosts, err := d.Store.Hosts(ctx)
-	if err != nil {
-		return err
-	}
-	d.Metrics.HostsTaking.Set(float64(len(hosts)))
-	if len(waiting) == 0 {
-		return nil
-	}
-	attempts := map[string]int{}
-	jobs := make([]place.Job, len(waiting))
-	for i, w := range waiting {
-		attempts[string(w.ID)] = w.Attempt
-		jobs[i] = place.Job{
-			ID: string(w.ID), User: w.User, Wish: w.Spec.GPUs, Count: w.Spec.GPUCount, MinBytes: int64(w.Spec.MinMemoryGB) * 1e9,
-			BaseModel: w.Spec.BaseModel, Labels: w.Spec.Labels, Submitted: w.Admitted, Deadline: w.Spec.Deadline, Preemptible: w.Spec.Preemptible,
-		}
-		if w.LastHost != "" {
-			jobs[i].Avoid = []string{w.LastHost}
-		}
-	}
-	res := place.Place(place.Input{Now: time.Now(), Jobs: jobs, Hosts: placeHosts(hosts)})
-
-	reasons := map[job.ID]string{}
-	for _, w := range waiting {
-		if r := res.Waiting[string(w.ID)].Reason; r != w.Reason && r != "" {
-			reasons[w.ID] = r
-			d.Log.InfoContext(ctx, "job waits", "job", w.ID, "reason", r)
-		}
-	}
-	var errs []error
-	if len(reasons) > 0 {
-		errs = append(errs, d.Store.SetWaiting(ctx, reasons))
-	}
-	if len(res.Assignments) > 0 {
-		as := make([]store.Assignment, len(res.Assignments))
-		for i, a := range res.Assignments {
-			as[i] = store.Assignment{Job: job.ID(a.Job), Attempt: attempts[a.Job], Agent: a.Agent, Devices: a.Devices}
-		}
-		sends, err := d.Store.Assign(ctx, as)
-		for _, s := range sends {
-			d.Metrics.Assigned.Inc()
-			d.Log.InfoContext(ctx, "attempt assigned", "job", s.Task.Ref.Job, "attempt", s.Task.Ref.Attempt, "agent", s.Agent, "device", s.Task.Devices)
-		}
-		errs = append(errs, err, d.send(ctx, sends))
-	}
-	return errors.Join(errs...)
-}
-
-func placeHosts(hosts []store.Host) []place.Host {
-	out := make([]place.Host, len(hosts))
-	for i, h := range hosts {
-		out[i] = place.Host{Agent: h.Agent, BaseModels: h.BaseModels}
-		for _, dev := range h.Devices {
-			out[i].Devices = append(out[i].Devices, place.Device{UUID: dev.UUID, Class: dev.Class, MemoryBytes: dev.MemoryBytes, Fault: dev.Fault, Busy: dev.Busy})
-		}
-	}
-	return out
+	d.send(ctx, sends)
+	return err
 }
 
 // send hands tasks over. Redis being away is not an error of the round: the
 // attempts stay assigned and are sent again.
-func (d *Dispatcher) send(ctx context.Context, sends []store.Send) error {
-	for _, s := range sends {
-		if err := d.Queue.Send(ctx, s.Agent, s.Task); err != nil {
-			d.Metrics.Sends.WithLabelValues("error").Inc()
-			d.Log.WarnContext(ctx, "task not sent, trying again", "job", s.Task.Ref.Job, "attempt", s.Task.Ref.Attempt, "agent", s.Agent, "err", err)
-			return nil // the others would wait for the same timeout
-		}
-		d.Metrics.Sends.WithLabelValues("ok").Inc()
+func (d *Dispatcher) send(ctx context.Context, sends []store.Send) {
+	if len(sends) == 0 {
+		return
 	}
-	return nil
+	tasks := make([]queue.Send, len(sends))
+	for i, s := range sends {
+		tasks[i] = queue.Send(s)
+	}
+	var failed error
+	for i, err := range d.Queue.SendAll(ctx, tasks) {
+		if err == nil {
+			d.Metrics.Sends.WithLabelValues("ok").Inc()
+			continue
+		}
+		d.Metrics.Sends.WithLabelValues("error").Inc()
+		if failed == nil {
+			failed = err
+			d.Log.WarnContext(ctx, "tasks not sent, trying again", "tasks", len(sends)-i, "agent", sends[i].Agent, "err", err)
+		}
+	}
 }
 
 func (d *Dispatcher) count(ctx context.Context) error {
@@ -317,12 +369,4 @@ func (d *Dispatcher) count(ctx context.Context) error {
 		d.Metrics.Jobs.WithLabelValues(state).Set(float64(n))
 	}
 	return err
-}
-
-// pause waits for t or the end of ctx.
-func pause(ctx context.Context, t time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(t):
-	}
 }

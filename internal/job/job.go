@@ -4,7 +4,9 @@
 package job
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -23,6 +25,13 @@ type Ref struct {
 
 // String is how a person reads a reference.
 func (r Ref) String() string { return fmt.Sprintf("attempt %d of job %s", r.Attempt, r.Job) }
+
+// SortRefs puts refs in an order that does not depend on where they came from.
+func SortRefs(refs []Ref) {
+	slices.SortFunc(refs, func(a, b Ref) int {
+		return cmp.Or(cmp.Compare(a.Job, b.Job), cmp.Compare(a.Attempt, b.Attempt), cmp.Compare(a.Nonce, b.Nonce))
+	})
+}
 
 // Status is where a job stands, in the app's words (training_jobs.status).
 type Status string
@@ -84,6 +93,7 @@ const (
 	DesireRun     Desired = "run"
 	DesireCancel  Desired = "cancel"  // a person ended the job: stop at once, keep nothing
 	DesirePreempt Desired = "preempt" // the platform ends the attempt: checkpoint, hand back
+	DesirePause   Desired = "pause"   // as preempt, and the job waits until somebody resumes it
 )
 
 // Task is what travels to an agent: which attempt to accept and on which

@@ -38,6 +38,7 @@ type Dispatcher struct {
 	RoundSecs   prometheus.Histogram
 	Admitted    *prometheus.CounterVec // result: admitted, refused
 	Assigned    prometheus.Counter
+	Preempted   prometheus.Counter
 	Sends       *prometheus.CounterVec // result: ok, error
 	TakenBack   prometheus.Counter
 	Reaped      prometheus.Counter
@@ -74,6 +75,7 @@ func NewDispatcher() *Dispatcher {
 	m.RoundSecs = histogram(m.reg, "lorayard_dispatcher_round_seconds", "Time that one round took.", moments)
 	m.Admitted = counterVec(m.reg, "lorayard_dispatcher_admissions_total", "Rows looked at, by result.", "result")
 	m.Assigned = counter(m.reg, "lorayard_dispatcher_assignments_total", "Attempts assigned.")
+	m.Preempted = counter(m.reg, "lorayard_dispatcher_preemptions_total", "Attempts asked to make room for a job of higher priority.")
 	m.Sends = counterVec(m.reg, "lorayard_dispatcher_sends_total", "Tasks sent to agents, by result.", "result")
 	m.TakenBack = counter(m.reg, "lorayard_dispatcher_taken_back_total", "Assignments that no agent accepted in time.")
 	m.Reaped = counter(m.reg, "lorayard_dispatcher_reaped_total", "Attempts lost with their agent.")

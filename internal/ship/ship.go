@@ -47,6 +47,9 @@ const interval = 500 * time.Millisecond
 // most is the largest batch; 200 rows are written as fast as 1,000 a row.
 const most = 500
 
+// appendLimit is how long one batch may take; the server gives up as early.
+const appendLimit = 15 * time.Second
+
 // New carries from sp to sink. isData tells errors about values, which trying
 // again cannot cure, from a database that is away.
 func New(ref job.Ref, sp *spool.Spool, sink Sink, isData func(error) bool, m *metrics.Agent, log *slog.Logger) *Shipper {
@@ -187,7 +190,11 @@ func (s *Shipper) carry(ctx context.Context) error {
 // dropped: it must not hold up the others.
 func (s *Shipper) write(ctx context.Context, recs []spool.Record, p *job.Progress) error {
 	samples, lines := decode(recs)
-	err := s.sink.Append(ctx, s.ref, samples, lines, p)
+	// A connection that went silent must not hold the spool for as long as the
+	// kernel takes to notice.
+	call, cancel := context.WithTimeout(ctx, appendLimit)
+	err := s.sink.Append(call, s.ref, samples, lines, p)
+	cancel()
 	if err == nil {
 		return s.ack(recs)
 	}

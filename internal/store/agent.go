@@ -17,12 +17,14 @@ import (
 
 // Agent is what an agent says of itself and its host.
 type Agent struct {
-	ID         string   `json:"-"`
-	Boot       string   `json:"-"` // a UUID, new for each start of the process
-	Hostname   string   `json:"hostname"`
-	Version    string   `json:"version"`
-	BaseModels []string `json:"base_models"` // models that the host holds
-	Devices    []Device `json:"devices"`
+	ID         string            `json:"-"`
+	Boot       string            `json:"-"`        // a UUID, new for each start of the process; who knows it is the process
+	Instance   string            `json:"instance"` // names the data directory: the same one means the same host
+	Hostname   string            `json:"hostname"`
+	Version    string            `json:"version"`
+	BaseModels []string          `json:"base_models"` // models that the host holds
+	Labels     map[string]string `json:"labels"`
+	Devices    []Device          `json:"devices"`
 }
 
 // Device is one device of an agent's host.
@@ -36,34 +38,45 @@ type Device struct {
 	Fault       string `json:"fault"` // empty: fit for work
 }
 
-const register = `SELECT lorayard.register_agent($1, $2, $3, $4)`
+const register = `SELECT lorayard.register_agent($1, $2, $3, $4, $5)`
 
-// Register makes this process the one that runs a.ID; what an earlier process
-// of the same id had accepted goes back to the queue.
-func (s *Store) Register(ctx context.Context, a Agent, ttl time.Duration) error {
+// Register makes this process the one that runs a.ID. What an earlier process
+// of the same id had accepted goes on when it is in adopt, with its nonce, and
+// goes back to the queue otherwise; Register returns what goes on. The error
+// wraps ErrInUse when the id or a device is held by a process on another host.
+func (s *Store) Register(ctx context.Context, a Agent, ttl time.Duration, adopt []job.Ref) ([]job.Ref, error) {
 	if a.BaseModels == nil {
 		a.BaseModels = []string{}
 	}
 	if a.Devices == nil {
 		a.Devices = []Device{}
 	}
+	if a.Labels == nil {
+		a.Labels = map[string]string{}
+	}
 	info, err := json.Marshal(a)
 	if err != nil {
-		return fmt.Errorf("encode agent: %w", err)
+		return nil, fmt.Errorf("encode agent: %w", err)
 	}
-	if _, err := s.pool.Exec(ctx, register, a.ID, a.Boot, info, ttl); err != nil {
-		return fmt.Errorf("register agent %s: %w", a.ID, err)
+	refs, err := encodeRefs(adopt)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	var raw []byte
+	if err := s.pool.QueryRow(ctx, register, a.ID, a.Boot, info, ttl, refs).Scan(&raw); err != nil {
+		if pg, ok := errors.AsType[*pgconn.PgError](err); ok && (pg.Code == "LY002" || pg.Code == "LY003") {
+			return nil, fmt.Errorf("register agent %s: %w: %s", a.ID, ErrInUse, pg.Message)
+		}
+		return nil, fmt.Errorf("register agent %s: %w", a.ID, err)
+	}
+	var kept []job.Ref
+	if err := json.Unmarshal(raw, &kept); err != nil {
+		return nil, fmt.Errorf("register agent %s: decode answer: %w", a.ID, err)
+	}
+	return kept, nil
 }
 
-const renew = `SELECT job_id::text, attempt, nonce::text, desired FROM lorayard.renew($1, $2, $3, $4, $5)`
-
-// Renew extends the agent's lease by ttl from the database's now, accrues the
-// usage of refs, and returns what is wanted of each. A ref that is not in the
-// answer belongs to somebody else now. The error is ErrReplaced when another
-// process runs this agent.
-func (s *Store) Renew(ctx context.Context, a Agent, ttl time.Duration, draining bool, refs []job.Ref) (map[job.Ref]job.Desired, error) {
+func encodeRefs(refs []job.Ref) ([]byte, error) {
 	if refs == nil {
 		refs = []job.Ref{}
 	}
@@ -71,27 +84,65 @@ func (s *Store) Renew(ctx context.Context, a Agent, ttl time.Duration, draining 
 	if err != nil {
 		return nil, fmt.Errorf("encode refs: %w", err)
 	}
-	rows, err := s.pool.Query(ctx, renew, a.ID, a.Boot, ttl, draining, raw)
+	return raw, nil
+}
+
+// AgentState is what an agent says of itself at each renewal.
+type AgentState struct {
+	Draining bool `json:"draining"` // it takes nothing new
+}
+
+// Wanted is what the control plane wants of an agent and its attempts.
+type Wanted struct {
+	Cordoned    bool                    // it is given nothing
+	Drain       bool                    // an operator's drain
+	DrainIn     time.Duration           // until then its attempts have left; only with Drain
+	Dispatchers []string                // addresses of presence streams
+	Attempts    map[job.Ref]job.Desired // those that are still the agent's
+}
+
+const renew = `SELECT lorayard.renew($1, $2, $3, $4, $5)`
+
+// Renew extends the agent's lease by ttl from the database's now, accrues the
+// usage of refs, and returns what is wanted. A ref that is not in the answer
+// belongs to somebody else now. The error is ErrReplaced when another process
+// runs this agent.
+func (s *Store) Renew(ctx context.Context, a Agent, ttl time.Duration, state AgentState, refs []job.Ref) (Wanted, error) {
+	rawState, err := json.Marshal(state)
 	if err != nil {
-		return nil, fmt.Errorf("renew agent %s: %w", a.ID, err)
+		return Wanted{}, fmt.Errorf("encode the agent's state: %w", err)
 	}
-	defer rows.Close()
-	wanted := map[job.Ref]job.Desired{}
-	for rows.Next() {
-		var ref job.Ref
-		var desired string
-		if err := rows.Scan(&ref.Job, &ref.Attempt, &ref.Nonce, &desired); err != nil {
-			return nil, fmt.Errorf("renew agent %s: %w", a.ID, err)
-		}
-		wanted[ref] = job.Desired(desired)
+	rawRefs, err := encodeRefs(refs)
+	if err != nil {
+		return Wanted{}, err
 	}
-	if err := rows.Err(); err != nil {
+	var raw []byte
+	if err := s.vital.QueryRow(ctx, renew, a.ID, a.Boot, ttl, rawState, rawRefs).Scan(&raw); err != nil {
 		if pg, ok := errors.AsType[*pgconn.PgError](err); ok && pg.Code == "LY001" {
-			return nil, ErrReplaced
+			return Wanted{}, ErrReplaced
 		}
-		return nil, fmt.Errorf("renew agent %s: %w", a.ID, err)
+		return Wanted{}, fmt.Errorf("renew agent %s: %w", a.ID, err)
 	}
-	return wanted, nil
+	var doc struct {
+		Cordoned    bool     `json:"cordoned"`
+		DrainIn     *float64 `json:"drain_in"` // seconds
+		Dispatchers []string `json:"dispatchers"`
+		Attempts    []struct {
+			job.Ref
+			Desired job.Desired `json:"desired"`
+		} `json:"attempts"`
+	}
+	if err := json.Unmarshal(raw, &doc); err != nil {
+		return Wanted{}, fmt.Errorf("renew agent %s: decode answer: %w", a.ID, err)
+	}
+	w := Wanted{Cordoned: doc.Cordoned, Dispatchers: doc.Dispatchers, Attempts: map[job.Ref]job.Desired{}}
+	if doc.DrainIn != nil {
+		w.Drain, w.DrainIn = true, max(0, time.Duration(*doc.DrainIn*float64(time.Second)))
+	}
+	for _, r := range doc.Attempts {
+		w.Attempts[r.Ref] = r.Desired
+	}
+	return w, nil
 }
 
 const accept = `SELECT lorayard.accept($1, $2, $3, $4, $5)`

@@ -48,23 +48,46 @@ func (s *Store) Unadmitted(ctx context.Context, n int) ([]Row, error) {
 }
 
 const admit = `
-	WITH mine AS (
-		INSERT INTO lorayard.jobs (job_id, user_id, spec)
-		SELECT t.id, t.user_id, $2 FROM public.training_jobs t WHERE t.id = $1 AND t.status = 'queued'
+	WITH given AS (
+		SELECT * FROM jsonb_to_recordset($1) AS g(job uuid, spec jsonb, hyperparameters jsonb, gpu_config jsonb, epochs integer)
+	), mine AS (
+		INSERT INTO lorayard.jobs (job_id, user_id, spec, priority)
+		SELECT t.id, t.user_id, g.spec, coalesce(q.priority, 0)
+		FROM given g JOIN public.training_jobs t ON t.id = g.job LEFT JOIN lorayard.quotas q ON q.user_id = t.user_id
+		WHERE t.status = 'queued'
 		ON CONFLICT DO NOTHING RETURNING job_id
 	)
-	UPDATE public.training_jobs t SET hyperparameters = $3, gpu_config = $4, total_epochs = $5
-	FROM mine WHERE t.id = mine.job_id`
+	UPDATE public.training_jobs t SET hyperparameters = g.hyperparameters, gpu_config = g.gpu_config, total_epochs = g.epochs
+	FROM mine JOIN given g ON g.job = mine.job_id WHERE t.id = mine.job_id`
 
-// Admit takes a row into the queue, with both readers' spellings filled in.
-// Admitting twice changes nothing.
-func (s *Store) Admit(ctx context.Context, id job.ID, spec job.Spec, hyperparameters, gpuConfig []byte) error {
-	raw, err := json.Marshal(spec)
-	if err != nil {
-		return fmt.Errorf("encode spec of job %s: %w", id, err)
+// Admission is a row that is taken into the queue, with both readers'
+// spellings filled in.
+type Admission struct {
+	ID                         job.ID
+	Spec                       job.Spec
+	Hyperparameters, GPUConfig []byte
+}
+
+// Admit takes rows into the queue in one statement. Admitting twice changes
+// nothing.
+func (s *Store) Admit(ctx context.Context, as []Admission) error {
+	type row struct {
+		Job             job.ID          `json:"job"`
+		Spec            job.Spec        `json:"spec"`
+		Hyperparameters json.RawMessage `json:"hyperparameters"`
+		GPUConfig       json.RawMessage `json:"gpu_config"`
+		Epochs          int             `json:"epochs"`
 	}
-	if _, err := s.pool.Exec(ctx, admit, string(id), raw, hyperparameters, gpuConfig, spec.Epochs); err != nil {
-		return fmt.Errorf("admit job %s: %w", id, err)
+	doc := make([]row, len(as))
+	for i, a := range as {
+		doc[i] = row{a.ID, a.Spec, a.Hyperparameters, a.GPUConfig, a.Spec.Epochs}
+	}
+	raw, err := json.Marshal(doc)
+	if err != nil {
+		return fmt.Errorf("encode admissions: %w", err)
+	}
+	if _, err := s.pool.Exec(ctx, admit, raw); err != nil {
+		return fmt.Errorf("admit %d jobs: %w", len(as), err)
 	}
 	return nil
 }
@@ -98,26 +121,33 @@ type Waiting struct {
 	User     string
 	Attempt  int // of the last assignment
 	Spec     job.Spec
+	Priority int
 	Admitted time.Time
-	Reason   string // why it was not placed before
-	LastHost string // agent of the attempt before, empty for none
+	Reason   string   // why it was not placed before
+	Failed   []string // agents of attempts that failed or were lost, newest first, three at most
 }
 
+// Each user's first jobs are enough: nobody is placed behind five hundred of
+// their own in one round, and a flood must not hide the others.
 const waiting = `
-	SELECT j.job_id::text, j.user_id::text, j.attempt, j.spec, j.admitted_at, j.waiting,
-	       coalesce((SELECT a.agent_id FROM lorayard.attempts a WHERE a.job_id = j.job_id AND a.outcome IN ('failed', 'lost') ORDER BY a.attempt DESC LIMIT 1), '')
-	FROM lorayard.jobs j JOIN public.training_jobs t ON t.id = j.job_id
-	WHERE j.state = 'queued' AND t.status = 'queued' AND j.not_before <= clock_timestamp()
-	ORDER BY j.admitted_at, j.job_id LIMIT $1`
+	SELECT w.job_id::text, w.user_id::text, w.attempt, w.spec, w.priority, w.admitted_at, w.waiting,
+	       CASE WHEN w.attempt = 0 THEN '{}' ELSE ARRAY(SELECT a.agent_id FROM lorayard.attempts a
+	             WHERE a.job_id = w.job_id AND a.outcome IN ('failed', 'lost') ORDER BY a.attempt DESC LIMIT 3) END
+	FROM (SELECT j.*, row_number() OVER (PARTITION BY j.user_id ORDER BY j.priority DESC, j.admitted_at, j.job_id) AS place
+	      FROM lorayard.jobs j WHERE j.state = 'queued' AND j.desired <> 'pause' AND j.not_before <= clock_timestamp()) w
+	JOIN public.training_jobs t ON t.id = w.job_id
+	WHERE w.place <= 500 AND t.status = 'queued'
+	ORDER BY w.admitted_at, w.job_id LIMIT $1`
 
-// Waiting returns up to n jobs to place, oldest first.
+// Waiting returns up to n jobs to place, oldest first, and of each user the
+// first 500.
 func (s *Store) Waiting(ctx context.Context, n int) ([]Waiting, error) {
 	rows, err := s.pool.Query(ctx, waiting, n)
 	if err != nil {
 		return nil, fmt.Errorf("read waiting jobs: %w", err)
 	}
 	out, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (w Waiting, err error) {
-		err = r.Scan(&w.ID, &w.User, &w.Attempt, &w.Spec, &w.Admitted, &w.Reason, &w.LastHost)
+		err = r.Scan(&w.ID, &w.User, &w.Attempt, &w.Spec, &w.Priority, &w.Admitted, &w.Reason, &w.Failed)
 		return w, err
 	})
 	if err != nil {
@@ -126,30 +156,95 @@ func (s *Store) Waiting(ctx context.Context, n int) ([]Waiting, error) {
 	return out, nil
 }
 
-// Host is an agent that holds its lease and takes work.
+// Running is an attempt that is assigned or accepted.
+type Running struct {
+	Ref      job.Ref // without the nonce
+	User     string
+	Agent    string
+	Devices  []string
+	Spec     job.Spec
+	Priority int
+	Started  time.Time   // of the attempt
+	Ends     time.Time   // as the trainer expects, zero when unknown
+	Desired  job.Desired // anything but run: it is leaving
+}
+
+const running = `
+	SELECT j.job_id::text, j.attempt, j.user_id::text, j.agent_id, j.devices, j.spec, j.priority, j.assigned_at,
+	       t.estimated_completion_at, CASE WHEN t.status = 'cancelled' THEN 'cancel' ELSE j.desired END
+	FROM lorayard.jobs j JOIN public.training_jobs t ON t.id = j.job_id
+	WHERE j.state IN ('assigned', 'accepted') ORDER BY j.job_id`
+
+// Running returns every attempt that holds devices.
+func (s *Store) Running(ctx context.Context) ([]Running, error) {
+	rows, err := s.pool.Query(ctx, running)
+	if err != nil {
+		return nil, fmt.Errorf("read running jobs: %w", err)
+	}
+	out, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (r Running, err error) {
+		var ends *time.Time
+		err = row.Scan(&r.Ref.Job, &r.Ref.Attempt, &r.User, &r.Agent, &r.Devices, &r.Spec, &r.Priority, &r.Started, &ends, &r.Desired)
+		if ends != nil {
+			r.Ends = *ends
+		}
+		return r, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read running jobs: %w", err)
+	}
+	return out, nil
+}
+
+// User is what placement knows of a user.
+type User struct {
+	ID         string
+	Weight     float64
+	GPUSeconds float64 // of the last day, halved every six hours
+	MaxGPUs    *int    // nil: the policy's
+	MaxQueued  *int
+}
+
+// Six hours forget a morning's flood by the evening; a day bounds the query.
+const users = `
+	WITH used AS (
+		SELECT u.user_id, sum(extract(epoch FROM upper(u.during) - lower(u.during))
+			* exp(-ln(2) * greatest(extract(epoch FROM clock_timestamp() - upper(u.during)), 0) / 21600)) AS seconds
+		FROM lorayard.usage_intervals u WHERE upper(u.during) > clock_timestamp() - interval '1 day' GROUP BY u.user_id
+	)
+	SELECT coalesce(q.user_id, used.user_id)::text, coalesce(q.weight, 1), coalesce(used.seconds, 0)::float8, q.max_gpus, q.max_queued
+	FROM lorayard.quotas q FULL JOIN used ON used.user_id = q.user_id`
+
+// Users returns everybody who used a device lately or has a quota of their own.
+func (s *Store) Users(ctx context.Context) ([]User, error) {
+	rows, err := s.pool.Query(ctx, users)
+	if err != nil {
+		return nil, fmt.Errorf("read users: %w", err)
+	}
+	out, err := pgx.CollectRows(rows, pgx.RowToStructByPos[User])
+	if err != nil {
+		return nil, fmt.Errorf("read users: %w", err)
+	}
+	return out, nil
+}
+
+// Host is an agent that holds its lease.
 type Host struct {
 	Agent      string
 	BaseModels []string
-	Devices    []HostDevice
-}
-
-// HostDevice is one device of a host.
-type HostDevice struct {
-	Device
-	Busy bool // in an assigned or accepted attempt
+	Labels     map[string]string
+	Closed     string // why it takes nothing new, in words; empty: it does
+	Devices    []Device
 }
 
 const hosts = `
-	WITH busy AS (
-		SELECT unnest(j.devices) AS uuid FROM lorayard.jobs j WHERE j.state IN ('assigned', 'accepted')
-	)
-	SELECT a.id, a.base_models, d.uuid, d.index, d.name, d.class, d.memory_bytes, d.pretend, d.fault,
-	       EXISTS (SELECT 1 FROM busy b WHERE b.uuid = d.uuid)
-	FROM lorayard.agents a JOIN lorayard.devices d ON d.agent_id = a.id
-	WHERE a.lease_until > clock_timestamp() AND NOT a.draining AND NOT a.cordoned
+	SELECT a.id, a.base_models, a.labels,
+	       CASE WHEN a.drain_by IS NOT NULL OR a.draining THEN 'draining' WHEN a.cordoned THEN trim('cordoned ' || a.cordon_reason) ELSE '' END,
+	       d.uuid, d.index, d.name, d.class, d.memory_bytes, d.pretend, d.fault
+	FROM lorayard.agents a LEFT JOIN lorayard.devices d ON d.agent_id = a.id
+	WHERE a.lease_until > clock_timestamp()
 	ORDER BY a.id, d.index`
 
-// Hosts returns every host that may be given work, with its devices.
+// Hosts returns every host whose agent holds its lease, with its devices.
 func (s *Store) Hosts(ctx context.Context) ([]Host, error) {
 	rows, err := s.pool.Query(ctx, hosts)
 	if err != nil {
@@ -158,17 +253,23 @@ func (s *Store) Hosts(ctx context.Context) ([]Host, error) {
 	defer rows.Close()
 	var out []Host
 	for rows.Next() {
-		var id string
-		var models []string
-		var d HostDevice
-		if err := rows.Scan(&id, &models, &d.UUID, &d.Index, &d.Name, &d.Class, &d.MemoryBytes, &d.Pretend, &d.Fault, &d.Busy); err != nil {
+		var h Host
+		var d struct {
+			uuid, name, class, fault *string
+			index                    *int
+			memory                   *int64
+			pretend                  *bool
+		}
+		if err := rows.Scan(&h.Agent, &h.BaseModels, &h.Labels, &h.Closed, &d.uuid, &d.index, &d.name, &d.class, &d.memory, &d.pretend, &d.fault); err != nil {
 			return nil, fmt.Errorf("read hosts: %w", err)
 		}
-		if len(out) == 0 || out[len(out)-1].Agent != id {
-			out = append(out, Host{Agent: id, BaseModels: models})
+		if len(out) == 0 || out[len(out)-1].Agent != h.Agent {
+			out = append(out, h)
 		}
-		h := &out[len(out)-1]
-		h.Devices = append(h.Devices, d)
+		if d.uuid != nil {
+			last := &out[len(out)-1]
+			last.Devices = append(last.Devices, Device{UUID: *d.uuid, Index: *d.index, Name: *d.name, Class: *d.class, MemoryBytes: *d.memory, Pretend: *d.pretend, Fault: *d.fault})
+		}
 	}
 	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("read hosts: %w", err)
@@ -190,6 +291,12 @@ type Send struct {
 	Task  job.Task
 }
 
+// The lock makes two leaders' assignments follow each other: each statement
+// sees which devices the other took.
+const lockAssign = `SELECT pg_advisory_xact_lock($1)`
+
+const assignLock = 0x79617265 // "yare", beside the old leader's lock
+
 const assign = `
 	WITH chosen AS (
 		SELECT * FROM jsonb_to_recordset($1) AS c(job uuid, attempt integer, agent text, devices text[])
@@ -197,8 +304,10 @@ const assign = `
 		UPDATE lorayard.jobs j SET state = 'assigned', attempt = j.attempt + 1, agent_id = c.agent, devices = c.devices,
 			nonce = NULL, assigned_at = clock_timestamp(), send = 1, sent_at = clock_timestamp(), waiting = ''
 		FROM chosen c
-		WHERE j.job_id = c.job AND j.attempt = c.attempt AND j.state = 'queued'
-		  AND NOT EXISTS (SELECT 1 FROM lorayard.jobs o WHERE o.state IN ('assigned', 'accepted') AND o.devices && c.devices)
+		WHERE j.job_id = c.job AND j.attempt = c.attempt AND j.state = 'queued' AND j.desired <> 'pause'
+		  AND EXISTS (SELECT 1 FROM lorayard.agents a WHERE a.id = c.agent AND a.lease_until > clock_timestamp()
+		              AND NOT a.draining AND NOT a.cordoned AND a.drain_by IS NULL)
+		  AND NOT EXISTS (SELECT 1 FROM lorayard.jobs o WHERE o.agent_id = c.agent AND o.state IN ('assigned', 'accepted') AND o.devices && c.devices)
 		RETURNING j.job_id, j.attempt, j.agent_id, j.devices, j.send
 	), noted AS (
 		INSERT INTO lorayard.attempts (job_id, attempt, agent_id, devices)
@@ -223,7 +332,58 @@ func (s *Store) Assign(ctx context.Context, as []Assignment) ([]Send, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode assignments: %w", err)
 	}
-	return s.sends(ctx, "assign", assign, raw)
+	var out []Send
+	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+		// One round trip for both: the lock is there before the statement looks.
+		b := &pgx.Batch{}
+		b.Queue(lockAssign, assignLock)
+		b.Queue(assign, raw)
+		res := tx.SendBatch(ctx, b)
+		defer res.Close()
+		if _, err := res.Exec(); err != nil {
+			return err
+		}
+		rows, err := res.Query()
+		if err != nil {
+			return err
+		}
+		if out, err = pgx.CollectRows(rows, scanSend); err != nil {
+			return err
+		}
+		return res.Close()
+	})
+	if err != nil {
+		return nil, fmt.Errorf("assign: %w", err)
+	}
+	return out, nil
+}
+
+func scanSend(r pgx.CollectableRow) (x Send, err error) {
+	err = r.Scan(&x.Task.Ref.Job, &x.Task.Ref.Attempt, &x.Agent, &x.Task.Devices, &x.Task.Send)
+	return x, err
+}
+
+const preempt = `
+	WITH asked AS (
+		UPDATE lorayard.jobs j SET desired = 'preempt'
+		FROM jsonb_to_recordset($1) AS p(job uuid, attempt integer)
+		WHERE j.job_id = p.job AND j.attempt = p.attempt AND j.state = 'accepted' AND j.desired = 'run'
+		RETURNING j.job_id, j.attempt, j.agent_id
+	)
+	SELECT job_id::text, attempt FROM asked, pg_notify('lorayard', 'look:' || agent_id)`
+
+// Preempt asks accepted attempts to save a checkpoint and hand their jobs
+// back; it returns those that were asked now.
+func (s *Store) Preempt(ctx context.Context, refs []job.Ref) ([]job.Ref, error) {
+	raw, err := encodeRefs(refs)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.pool.Query(ctx, preempt, raw)
+	if err != nil {
+		return nil, fmt.Errorf("preempt: %w", err)
+	}
+	return collectRefs(rows, "preempt")
 }
 
 const resend = `
@@ -241,10 +401,7 @@ func (s *Store) sends(ctx context.Context, doing, query string, args ...any) ([]
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
 	}
-	out, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (x Send, err error) {
-		err = r.Scan(&x.Task.Ref.Job, &x.Task.Ref.Attempt, &x.Agent, &x.Task.Devices, &x.Task.Send)
-		return x, err
-	})
+	out, err := pgx.CollectRows(rows, scanSend)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
 	}
@@ -255,7 +412,7 @@ const takeBack = `
 	WITH late AS (
 		SELECT j.job_id, j.attempt FROM lorayard.jobs j LEFT JOIN lorayard.agents a ON a.id = j.agent_id
 		WHERE j.state = 'assigned'
-		  AND (j.assigned_at < clock_timestamp() - $1::interval OR a.lease_until IS NULL OR a.lease_until < clock_timestamp())
+		  AND (j.assigned_at < clock_timestamp() - $1::interval OR a.lease_until IS NULL OR a.lease_until < clock_timestamp() OR j.agent_id = ANY ($2))
 		FOR UPDATE OF j SKIP LOCKED
 	), closed AS (
 		UPDATE lorayard.attempts t SET ended_at = clock_timestamp(), outcome = 'not_accepted', kind = 'not_accepted'
@@ -266,9 +423,9 @@ const takeBack = `
 	RETURNING j.job_id::text, j.attempt`
 
 // TakeBack returns to the queue what was assigned longer ago than after and
-// not accepted, or assigned to an agent that is gone.
-func (s *Store) TakeBack(ctx context.Context, after time.Duration) ([]job.Ref, error) {
-	rows, err := s.pool.Query(ctx, takeBack, after)
+// not accepted, or assigned to an agent whose lease is over or that is in gone.
+func (s *Store) TakeBack(ctx context.Context, after time.Duration, gone []string) ([]job.Ref, error) {
+	rows, err := s.pool.Query(ctx, takeBack, after, gone)
 	if err != nil {
 		return nil, fmt.Errorf("take back: %w", err)
 	}
@@ -286,86 +443,88 @@ func collectRefs(rows pgx.Rows, doing string) ([]job.Ref, error) {
 	return refs, nil
 }
 
-const expired = `
-	SELECT j.job_id::text, j.attempt FROM lorayard.jobs j
-	LEFT JOIN lorayard.agents a ON a.id = j.agent_id
-	WHERE j.state = 'accepted' AND coalesce(a.lease_until, '-infinity') < clock_timestamp() - $1::interval
-	ORDER BY j.job_id`
-
-const lose = `SELECT lorayard.lose_attempt($1, $2, $3)`
+const reap = `SELECT job_id::text, attempt FROM lorayard.reap($1, $2, $3)`
 
 // Reap gives back every accepted attempt whose agent's lease ran out longer
-// ago than patience. The user does not pay for them.
-func (s *Store) Reap(ctx context.Context, patience time.Duration) ([]job.Ref, error) {
-	rows, err := s.pool.Query(ctx, expired, patience)
+// ago than patience; the user does not pay for them. It does nothing unless
+// dispatcher id has led, without a gap, for as long as an agent's lease lasts:
+// who could not renew because the database was away is not judged.
+func (s *Store) Reap(ctx context.Context, id string, lease, patience time.Duration) ([]job.Ref, error) {
+	rows, err := s.pool.Query(ctx, reap, id, lease, patience)
 	if err != nil {
-		return nil, fmt.Errorf("find lost attempts: %w", err)
+		return nil, fmt.Errorf("reap: %w", err)
 	}
-	refs, err := collectRefs(rows, "find lost attempts")
-	if err != nil {
-		return nil, err
-	}
-	var reaped []job.Ref
-	for _, ref := range refs {
-		var status string
-		if err := s.pool.QueryRow(ctx, lose, string(ref.Job), ref.Attempt, "the agent stopped renewing its lease").Scan(&status); err != nil {
-			return reaped, fmt.Errorf("reap %s: %w", ref, err)
-		}
-		if status != "stale" {
-			reaped = append(reaped, ref)
-		}
-	}
-	return reaped, nil
+	return collectRefs(rows, "reap")
 }
 
-const cancelled = `
-	SELECT j.job_id::text, j.attempt FROM lorayard.jobs j JOIN public.training_jobs t ON t.id = j.job_id
-	WHERE j.state IN ('queued', 'assigned') AND t.status = 'cancelled'
-	ORDER BY j.job_id FOR UPDATE OF j SKIP LOCKED`
+const reportDeath = `SELECT lorayard.report_death($1, $2, $3, $4, $5, $6)`
 
-const closeUnaccepted = `SELECT lorayard.close_attempt($1, $2, 'cancelled', 'cancelled', '', true, true)`
+// ReportDeath gives back an attempt whose agent died, as its shim reports, and
+// ends the agent's lease. It is false when the attempt is not that agent's any
+// more.
+func (s *Store) ReportDeath(ctx context.Context, agent, boot string, ref job.Ref, message string) (bool, error) {
+	var status string
+	if err := s.pool.QueryRow(ctx, reportDeath, agent, boot, string(ref.Job), ref.Attempt, ref.Nonce, clean(message)).Scan(&status); err != nil {
+		return false, fmt.Errorf("report the death of %s: %w", ref, err)
+	}
+	return status != "stale", nil
+}
+
+const registered = `SELECT EXISTS (SELECT 1 FROM lorayard.agents WHERE id = $1 AND boot = $2)`
+
+// Registered reports whether boot is the process that runs agent.
+func (s *Store) Registered(ctx context.Context, agent, boot string) (bool, error) {
+	var ok bool
+	if err := s.pool.QueryRow(ctx, registered, agent, boot).Scan(&ok); err != nil {
+		return false, fmt.Errorf("look for agent %s: %w", agent, err)
+	}
+	return ok, nil
+}
+
+const settleCancelled = `SELECT x::text FROM lorayard.settle_cancelled() AS x`
 
 // SettleCancelled settles jobs that were cancelled while no attempt ran.
-func (s *Store) SettleCancelled(ctx context.Context) ([]job.Ref, error) {
-	var refs []job.Ref
-	err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		rows, err := tx.Query(ctx, cancelled)
-		if err != nil {
-			return err
-		}
-		if refs, err = collectRefs(rows, "find cancelled jobs"); err != nil {
-			return err
-		}
-		for _, ref := range refs {
-			if _, err := tx.Exec(ctx, closeUnaccepted, string(ref.Job), ref.Attempt); err != nil {
-				return err
-			}
-			if _, err := tx.Exec(ctx, finish, string(ref.Job), string(job.Cancelled), "", ""); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+func (s *Store) SettleCancelled(ctx context.Context) ([]job.ID, error) {
+	rows, err := s.pool.Query(ctx, settleCancelled)
 	if err != nil {
 		return nil, fmt.Errorf("settle cancelled jobs: %w", err)
 	}
-	return refs, nil
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[job.ID])
+	if err != nil {
+		return nil, fmt.Errorf("settle cancelled jobs: %w", err)
+	}
+	return ids, nil
 }
 
 const setWaiting = `
-	UPDATE lorayard.jobs j SET waiting = w.reason
-	FROM jsonb_to_recordset($1) AS w(job uuid, reason text)
-	WHERE j.job_id = w.job AND j.state = 'queued' AND j.waiting <> w.reason`
+	UPDATE lorayard.jobs j SET waiting = w.reason, start_earliest = w.earliest, start_latest = w.latest
+	FROM jsonb_to_recordset($1) AS w(job uuid, reason text, earliest timestamptz, latest timestamptz)
+	WHERE j.job_id = w.job AND j.state = 'queued'`
+
+// Wait is why a job waits and when it is expected to start.
+type Wait struct {
+	Job              job.ID
+	Reason           string
+	Earliest, Latest time.Time // zero: unknown
+}
 
 // SetWaiting records why jobs are not placed.
-func (s *Store) SetWaiting(ctx context.Context, reasons map[job.ID]string) error {
+func (s *Store) SetWaiting(ctx context.Context, waits []Wait) error {
 	type row struct {
-		Job    job.ID `json:"job"`
-		Reason string `json:"reason"`
+		Job      job.ID     `json:"job"`
+		Reason   string     `json:"reason"`
+		Earliest *time.Time `json:"earliest"`
+		Latest   *time.Time `json:"latest"`
 	}
-	doc := make([]row, 0, len(reasons))
-	for id, r := range reasons {
-		doc = append(doc, row{id, r})
+	known := func(t time.Time) *time.Time {
+		if t.IsZero() {
+			return nil
+		}
+		return &t
+	}
+	doc := make([]row, len(waits))
+	for i, w := range waits {
+		doc[i] = row{w.Job, clean(w.Reason), known(w.Earliest), known(w.Latest)}
 	}
 	raw, err := json.Marshal(doc)
 	if err != nil {

@@ -41,39 +41,48 @@ func (s *Store) Listen(ctx context.Context, wake func(payload string)) error {
 	}
 }
 
-// leaderLock is the advisory lock that the leading dispatcher holds.
-const leaderLock = 0x79617264 // "yard"
+// Dispatcher is what a dispatcher says of itself.
+type Dispatcher struct {
+	ID      string // a UUID, new for each start of the process
+	Name    string
+	Address string // of its presence stream, as agents dial it; empty for none
+	Version string
+}
 
-// Lead runs lead while this process holds the leader's lock; it returns at
-// once with false when another process holds it. The context of lead ends when
-// the lock's connection does: another process may lead from then on.
-func (s *Store) Lead(ctx context.Context, lead func(context.Context) error) (bool, error) {
-	conn, err := pgx.ConnectConfig(ctx, s.session)
-	if err != nil {
-		return false, fmt.Errorf("connect to lead: %w", err)
+const campaign = `
+	WITH here AS (
+		INSERT INTO lorayard.dispatchers AS d (id, name, address, version, lease_until)
+		VALUES ($1, $2, $3, $4, clock_timestamp() + $5::interval)
+		ON CONFLICT (id) DO UPDATE SET address = excluded.address, lease_until = greatest(d.lease_until, excluded.lease_until)
+	), won AS (
+		UPDATE lorayard.leader l SET holder = $1, term = l.term + (l.holder IS DISTINCT FROM $1)::integer,
+			since = CASE WHEN l.holder = $1 AND l.lease_until >= clock_timestamp() THEN l.since ELSE clock_timestamp() END,
+			lease_until = greatest(l.lease_until, clock_timestamp() + $5::interval)
+		WHERE l.holder = $1 OR l.lease_until < clock_timestamp()
+		RETURNING l.term
+	)
+	SELECT coalesce((SELECT term FROM won), 0)`
+
+// Campaign says that dispatcher d is here for another ttl, and makes it the
+// leader for as long when nobody else is. The term is 0 for a standby; it
+// grows with every change of the leader.
+func (s *Store) Campaign(ctx context.Context, d Dispatcher, ttl time.Duration) (term int64, err error) {
+	if err := s.vital.QueryRow(ctx, campaign, d.ID, d.Name, d.Address, d.Version, ttl).Scan(&term); err != nil {
+		return 0, fmt.Errorf("campaign for leader: %w", err)
 	}
-	defer conn.Close(context.WithoutCancel(ctx))
-	var mine bool
-	if err := conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1)`, leaderLock).Scan(&mine); err != nil {
-		return false, fmt.Errorf("try the leader's lock: %w", err)
+	return term, nil
+}
+
+const resign = `
+	WITH gone AS (DELETE FROM lorayard.dispatchers WHERE id = $1 OR lease_until < clock_timestamp() - interval '1 hour'),
+	over AS (UPDATE lorayard.leader SET lease_until = clock_timestamp(), holder = NULL WHERE holder = $1 RETURNING term)
+	SELECT pg_notify('lorayard', 'leader:' || term) FROM over`
+
+// Resign takes dispatcher id off the list and, when it leads, makes room at
+// once.
+func (s *Store) Resign(ctx context.Context, id string) error {
+	if _, err := s.pool.Exec(ctx, resign, id); err != nil {
+		return fmt.Errorf("resign: %w", err)
 	}
-	if !mine {
-		return false, nil
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		// Nothing is ever notified here: this waits for the connection's end.
-		for {
-			if _, err := conn.WaitForNotification(ctx); err != nil {
-				cancel(fmt.Errorf("the leader's connection ended: %w", err))
-				return
-			}
-		}
-	}()
-	err = lead(ctx)
-	cancel(nil)
-	<-done
-	return true, err
+	return nil
 }

@@ -8,13 +8,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sys/unix"
 
 	"lorayard/internal/job"
 )
@@ -22,6 +25,9 @@ import (
 // Store is a pool of connections to the app's database.
 type Store struct {
 	pool *pgxpool.Pool
+	// vital are connections of their own for what must not wait behind
+	// anything: leases.
+	vital *pgxpool.Pool
 	// session opens connections of their own for LISTEN and advisory locks,
 	// which do not survive a transaction pooler.
 	session *pgx.ConnConfig
@@ -31,6 +37,9 @@ type Store struct {
 type Options struct {
 	Name     string // application_name
 	MaxConns int32  // 0 means 8
+	// LeaseConns are the connections kept for leases; 0 means 1, which is
+	// enough for one agent or dispatcher.
+	LeaseConns int32
 	// Session is the URL for LISTEN and locks when URL is a transaction
 	// pooler; empty means the same URL.
 	Session string
@@ -58,17 +67,28 @@ func Open(ctx context.Context, rawURL string, o Options) (*Store, error) {
 		}
 		configure(session, o.Name)
 	}
+	lease := cfg.Copy()
+	lease.MaxConns = max(1, o.LeaseConns)
+	lease.ConnConfig.ConnectTimeout = leaseConnect
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open database pool: %w", err)
 	}
 	s := &Store{pool: pool, session: session}
-	if err := s.Ping(ctx); err != nil {
+	if s.vital, err = pgxpool.NewWithConfig(ctx, lease); err != nil {
 		pool.Close()
+		return nil, fmt.Errorf("open database pool for leases: %w", err)
+	}
+	if err := s.Ping(ctx); err != nil {
+		s.Close()
 		return nil, err
 	}
 	return s, nil
 }
+
+// leaseConnect bounds a dial of the lease's connection: a renewal that has to
+// dial first should still come in time.
+const leaseConnect = 2 * time.Second
 
 func configure(c *pgx.ConnConfig, name string) {
 	c.RuntimeParams["application_name"] = name
@@ -77,10 +97,32 @@ func configure(c *pgx.ConnConfig, name string) {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = 5 * time.Second
 	}
+	c.DialFunc = (&net.Dialer{KeepAliveConfig: keepAlive, ControlContext: boundUnanswered}).DialContext
 	// Behind a transaction pooler three of four prepared statements fail.
 	if c.Port == 6543 || strings.Contains(c.Host, "pooler") {
 		c.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
 	}
+}
+
+// keepAlive finds a peer that went away without a word within about 25 s on a
+// connection that nobody writes to, such as the one that listens.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 10 * time.Second, Interval: 5 * time.Second, Count: 3}
+
+// unanswered is how long what we wrote may stay unacknowledged; the kernel's
+// own patience is a quarter of an hour.
+const unanswered = 15 * time.Second
+
+func boundUnanswered(_ context.Context, network, _ string, c syscall.RawConn) error {
+	if !strings.HasPrefix(network, "tcp") {
+		return nil
+	}
+	var err error
+	if cerr := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unanswered.Milliseconds()))
+	}); cerr != nil {
+		return cerr
+	}
+	return err
 }
 
 // hideURL keeps the password of a URL that does not parse out of the message.
@@ -92,7 +134,10 @@ func hideURL(err error) error {
 }
 
 // Close closes every connection.
-func (s *Store) Close() { s.pool.Close() }
+func (s *Store) Close() {
+	s.vital.Close()
+	s.pool.Close()
+}
 
 // Ping asks the database for a sign of life.
 func (s *Store) Ping(ctx context.Context) error {
@@ -106,6 +151,10 @@ func (s *Store) Ping(ctx context.Context) error {
 
 // ErrReplaced says that another process registered this agent's id.
 var ErrReplaced = errors.New("another process registered this agent id")
+
+// ErrInUse says that a process on another host holds this agent id, or one of
+// its devices, and its lease.
+var ErrInUse = errors.New("in use by another agent")
 
 // IsData reports whether err is about values (classes 22 and 23): trying the
 // same again cannot help.

@@ -37,10 +37,26 @@ func admitted(t *testing.T, db *storetest.DB, a store.Agent) (id job.ID, user st
 	user = db.User()
 	id = job.ID(db.Job(user, db.Dataset(user)))
 	admit(t, db, id)
-	if err := db.Store.Register(t.Context(), a, ttl); err != nil {
+	register(t, db, a)
+	return id, user
+}
+
+// register registers a process that adopts nothing.
+func register(t *testing.T, db *storetest.DB, a store.Agent) {
+	t.Helper()
+	if _, err := db.Store.Register(t.Context(), a, ttl, nil); err != nil {
 		t.Fatal(err)
 	}
-	return id, user
+}
+
+// renew renews and returns what is wanted of the attempts.
+func renew(t *testing.T, db *storetest.DB, a store.Agent, refs ...job.Ref) store.Wanted {
+	t.Helper()
+	w, err := db.Store.Renew(t.Context(), a, ttl, store.AgentState{}, refs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
 }
 
 func admit(t *testing.T, db *storetest.DB, id job.ID) {
@@ -49,7 +65,8 @@ func admit(t *testing.T, db *storetest.DB, id job.ID) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := db.Store.Admit(t.Context(), id, spec, []byte(storetest.Hyperparameters), []byte(storetest.GPUConfig)); err != nil {
+	err = db.Store.Admit(t.Context(), []store.Admission{{ID: id, Spec: spec, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}})
+	if err != nil {
 		t.Fatal(err)
 	}
 }
@@ -145,9 +162,8 @@ func TestAJobFromRowToArtifact(t *testing.T) {
 			t.Errorf("%s = %s, want %s", sql, got, want)
 		}
 	}
-	wanted, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{ref})
-	if err != nil || wanted[ref] != job.DesireRun {
-		t.Fatalf("renew: %v, %v", wanted, err)
+	if w := renew(t, db, a, ref); w.Attempts[ref] != job.DesireRun {
+		t.Fatalf("wanted = %v", w.Attempts)
 	}
 	cp := job.Checkpoint{Step: 3, Epoch: 0.3, Loss: math.NaN(), Bucket: "lora-models", Path: user + "/x", ManifestSHA256: "ab", Files: []job.File{{Name: "state.json", Bytes: 7, SHA256: "cd"}}}
 	if err := db.Store.AddCheckpoint(t.Context(), ref, cp); err != nil {
@@ -175,9 +191,7 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 	db := storetest.New(t)
 	a, b := agent("a", 1), agent("b", 2)
 	id, user := admitted(t, db, a)
-	if err := db.Store.Register(t.Context(), b, ttl); err != nil {
-		t.Fatal(err)
-	}
+	register(t, db, b)
 	old := assign(t, db, id, 0, a)
 	old.Nonce = nonce(11)
 	accept(t, db, a, old)
@@ -192,11 +206,41 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 	}
 
 	db.Exec(`UPDATE lorayard.agents SET lease_until = now() - interval '1 minute' WHERE id = 'a'`)
-	if refs, err := db.Store.Reap(t.Context(), time.Hour); err != nil || len(refs) != 0 {
-		t.Errorf("reaped within patience: %v, %v", refs, err)
+	reap := func(patience time.Duration) []job.Ref {
+		t.Helper()
+		refs, err := db.Store.Reap(t.Context(), nonce(80), ttl, patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return refs
 	}
-	if refs, err := db.Store.Reap(t.Context(), 0); err != nil || len(refs) != 1 {
-		t.Fatalf("reap: %v, %v", refs, err)
+	if refs := reap(0); len(refs) != 0 {
+		t.Errorf("somebody who does not lead reaped %v", refs)
+	}
+	if _, err := db.Store.Campaign(t.Context(), store.Dispatcher{ID: nonce(80)}, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if refs := reap(0); len(refs) != 0 {
+		t.Errorf("a leader of less than a lease reaped %v", refs)
+	}
+	db.Exec(`UPDATE lorayard.leader SET since = now() - interval '1 minute'`)
+	if refs := reap(time.Hour); len(refs) != 0 {
+		t.Errorf("reaped within patience: %v", refs)
+	}
+	// The database stood still: the leader could not renew either.
+	db.Exec(`UPDATE lorayard.leader SET lease_until = now() - interval '1 s'`)
+	if refs := reap(0); len(refs) != 0 {
+		t.Errorf("reaped right after an outage: %v", refs)
+	}
+	if _, err := db.Store.Campaign(t.Context(), store.Dispatcher{ID: nonce(80)}, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if refs := reap(0); len(refs) != 0 {
+		t.Errorf("reaped within a lease of an outage: %v", refs)
+	}
+	db.Exec(`UPDATE lorayard.leader SET since = now() - interval '1 minute'`)
+	if refs := reap(0); len(refs) != 1 {
+		t.Fatalf("reaped %v", refs)
 	}
 	now := assign(t, db, id, 1, b)
 	now.Nonce = nonce(13)
@@ -217,8 +261,8 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 			t.Errorf("%s of a stale attempt: %v", name, err)
 		}
 	}
-	if wanted, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{old}); err != nil || len(wanted) != 0 {
-		t.Errorf("a stale attempt was renewed: %v, %v", wanted, err)
+	if w := renew(t, db, a, old); len(w.Attempts) != 0 {
+		t.Errorf("a stale attempt was renewed: %v", w.Attempts)
 	}
 	if _, err := db.Store.Settle(t.Context(), now, store.End{Outcome: store.OutcomeCompleted, Artifact: art}); err != nil {
 		t.Fatal(err)
@@ -234,14 +278,12 @@ func TestANewBootTakesTheOldOnesPlace(t *testing.T) {
 	ref.Nonce = nonce(11)
 	accept(t, db, a, ref)
 	again := agent("a", 2)
-	if err := db.Store.Register(t.Context(), again, ttl); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{ref}); !errors.Is(err, store.ErrReplaced) {
+	register(t, db, again)
+	if _, err := db.Store.Renew(t.Context(), a, ttl, store.AgentState{}, []job.Ref{ref}); !errors.Is(err, store.ErrReplaced) {
 		t.Errorf("the old process may renew: %v", err)
 	}
 	w, err := db.Store.Waiting(t.Context(), 10)
-	if err != nil || len(w) != 1 || w[0].Attempt != 1 || w[0].LastHost != "a" {
+	if err != nil || len(w) != 1 || w[0].Attempt != 1 || len(w[0].Failed) != 1 || w[0].Failed[0] != "a" {
 		t.Errorf("waiting = %+v, %v", w, err)
 	}
 	storetest.Check(t, db.Pool)
@@ -271,9 +313,8 @@ func TestCancel(t *testing.T) {
 	if n := cancel(id, user); n != 1 {
 		t.Fatalf("%d rows were cancelled", n)
 	}
-	wanted, err := db.Store.Renew(t.Context(), a, ttl, false, []job.Ref{ref})
-	if err != nil || wanted[ref] != job.DesireCancel {
-		t.Errorf("renew: %v, %v", wanted, err)
+	if w := renew(t, db, a, ref); w.Attempts[ref] != job.DesireCancel {
+		t.Errorf("wanted = %v", w.Attempts)
 	}
 	// The trainer finished before it heard: the cancel still wins.
 	art := &store.Artifact{ID: nonce(70), Files: map[string]string{}, QualityMetrics: map[string]any{}, TrainingSummary: map[string]any{}}
@@ -384,7 +425,7 @@ func TestTheAgentsRoleRunsItsFunctionsAndTouchesNoTable(t *testing.T) {
 			return err
 		})
 	}
-	if err := as(`SELECT lorayard.register_agent('x', gen_random_uuid(), '{"devices":[],"base_models":[]}', '5 s')`); err != nil {
+	if err := as(`SELECT lorayard.register_agent('x', gen_random_uuid(), '{"devices":[],"base_models":[]}', '5 s', '[]')`); err != nil {
 		t.Error(err)
 	}
 	for _, sql := range []string{
@@ -444,10 +485,10 @@ func TestAnUnacceptedAttemptIsSentAgainAndTakenBack(t *testing.T) {
 	if err != nil || len(sends) != 1 || sends[0].Task.Send != 2 || sends[0].Task.Ref.Attempt != 1 {
 		t.Fatalf("re-send: %+v, %v", sends, err)
 	}
-	if refs, err := db.Store.TakeBack(t.Context(), time.Hour); err != nil || len(refs) != 0 {
+	if refs, err := db.Store.TakeBack(t.Context(), time.Hour, nil); err != nil || len(refs) != 0 {
 		t.Errorf("taken back too early: %v, %v", refs, err)
 	}
-	if refs, err := db.Store.TakeBack(t.Context(), 0); err != nil || len(refs) != 1 {
+	if refs, err := db.Store.TakeBack(t.Context(), 0, nil); err != nil || len(refs) != 1 {
 		t.Fatalf("take back: %v, %v", refs, err)
 	}
 	ref.Nonce = nonce(5)
@@ -468,9 +509,9 @@ func TestOneDeviceIsNeverAssignedTwice(t *testing.T) {
 	if err != nil || len(sends) != 0 {
 		t.Errorf("assigned twice: %+v, %v", sends, err)
 	}
-	hosts, err := db.Store.Hosts(t.Context())
-	if err != nil || len(hosts) != 1 || !hosts[0].Devices[0].Busy || hosts[0].Devices[1].Busy {
-		t.Errorf("hosts = %+v, %v", hosts, err)
+	running, err := db.Store.Running(t.Context())
+	if err != nil || len(running) != 1 || running[0].Ref.Job != first || running[0].Devices[0] != a.Devices[0].UUID {
+		t.Errorf("running = %+v, %v", running, err)
 	}
 }
 
@@ -494,34 +535,195 @@ func TestListenHearsWhatTheAppInserts(t *testing.T) {
 
 func TestOneLeaderAtATime(t *testing.T) {
 	db := storetest.New(t)
-	leading, leave := make(chan struct{}), make(chan struct{})
-	done := make(chan error, 1)
-	go func() {
-		_, err := db.Store.Lead(t.Context(), func(context.Context) error {
-			close(leading)
-			<-leave
-			return nil
-		})
-		done <- err
-	}()
-	<-leading
-	if led, err := db.Store.Lead(t.Context(), func(context.Context) error { return nil }); led || err != nil {
-		t.Errorf("a second leader: %t, %v", led, err)
+	campaign := func(n int, ttl time.Duration) int64 {
+		t.Helper()
+		term, err := db.Store.Campaign(t.Context(), store.Dispatcher{ID: nonce(n), Name: fmt.Sprint(n), Address: fmt.Sprintf("tcp://d%d:1", n)}, ttl)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return term
 	}
-	close(leave)
-	if err := <-done; err != nil {
+	first := campaign(1, time.Minute)
+	if first == 0 || campaign(1, time.Minute) != first {
+		t.Error("the first dispatcher does not lead, or not on")
+	}
+	if term := campaign(2, time.Minute); term != 0 {
+		t.Errorf("a second leader, in term %d", term)
+	}
+	if err := db.Store.Resign(t.Context(), nonce(1)); err != nil {
+		t.Fatal(err)
+	}
+	if term := campaign(2, time.Minute); term != first+1 {
+		t.Errorf("term = %d after %d", term, first)
+	}
+	// A leader that says nothing for a lease is one no more, connected or not.
+	db.Exec(`UPDATE lorayard.leader SET lease_until = now() - interval '1 s'`)
+	if term := campaign(3, time.Minute); term != first+2 {
+		t.Errorf("term = %d after %d", term, first)
+	}
+	if term := campaign(2, time.Minute); term != 0 {
+		t.Error("a leader that slept leads on")
+	}
+	a := agent("a", 1)
+	register(t, db, a)
+	if w := renew(t, db, a); len(w.Dispatchers) != 2 || w.Dispatchers[0] != "tcp://d2:1" || w.Dispatchers[1] != "tcp://d3:1" {
+		t.Errorf("dispatchers = %v", w.Dispatchers)
+	}
+}
+
+func TestARestartedAgentAdoptsWhatItLists(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	first, user := admitted(t, db, a)
+	second := job.ID(db.Job(user, db.Dataset(user)))
+	admit(t, db, second)
+	keep := assign(t, db, first, 0, a)
+	keep.Nonce = nonce(11)
+	accept(t, db, a, keep)
+	sends, err := db.Store.Assign(t.Context(), []store.Assignment{{Job: second, Agent: a.ID, Devices: []string{a.Devices[1].UUID}}})
+	if err != nil || len(sends) != 1 {
+		t.Fatalf("assign: %v, %v", sends, err)
+	}
+	drop := sends[0].Task.Ref
+	drop.Nonce = nonce(12)
+	accept(t, db, a, drop)
+
+	next := agent("a", 2)
+	wrong := drop
+	wrong.Nonce = nonce(99)
+	for range 2 { // the answer of the first may have been lost
+		kept, err := db.Store.Register(t.Context(), next, ttl, []job.Ref{keep, wrong})
+		if err != nil || len(kept) != 1 || kept[0] != keep {
+			t.Fatalf("kept %v, %v", kept, err)
+		}
+	}
+	if w := renew(t, db, next, keep, drop); len(w.Attempts) != 1 || w.Attempts[keep] != job.DesireRun {
+		t.Errorf("wanted = %v", w.Attempts)
+	}
+	if got := db.Text(`SELECT outcome FROM lorayard.attempts WHERE job_id = $1`, second); got != "lost" {
+		t.Errorf("an attempt that nobody adopted is %q", got)
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestAnAgentIdBelongsToOneHost(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	a.Instance = "here"
+	register(t, db, a)
+	other := agent("a", 2)
+	other.Instance = "there"
+	if _, err := db.Store.Register(t.Context(), other, ttl, nil); !errors.Is(err, store.ErrInUse) {
+		t.Errorf("a second host took the id: %v", err)
+	}
+	thief := agent("b", 3)
+	thief.Devices = a.Devices
+	if _, err := db.Store.Register(t.Context(), thief, ttl, nil); !errors.Is(err, store.ErrInUse) {
+		t.Errorf("a second agent took the devices: %v", err)
+	}
+	renew(t, db, a)
+	db.Exec(`UPDATE lorayard.agents SET lease_until = now() - interval '1 s'`)
+	register(t, db, other)
+	if _, err := db.Store.Register(t.Context(), a, ttl, nil); !errors.Is(err, store.ErrInUse) {
+		t.Errorf("the id went back while its new host lives: %v", err)
+	}
+}
+
+func TestADeathReportNeedsTheNonce(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, user := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	waits := job.ID(db.Job(user, db.Dataset(user)))
+	admit(t, db, waits)
+	if sends, err := db.Store.Assign(t.Context(), []store.Assignment{{Job: waits, Agent: a.ID, Devices: []string{a.Devices[1].UUID}}}); err != nil || len(sends) != 1 {
+		t.Fatalf("assign: %v, %v", sends, err)
+	}
+	wrong := ref
+	wrong.Nonce = nonce(12)
+	if ok, err := db.Store.ReportDeath(t.Context(), a.ID, a.Boot, wrong, "x"); ok || err != nil {
+		t.Errorf("a stranger's report: %t, %v", ok, err)
+	}
+	if ok, err := db.Store.ReportDeath(t.Context(), a.ID, a.Boot, ref, "the agent was killed"); !ok || err != nil {
+		t.Errorf("report: %t, %v", ok, err)
+	}
+	if ok, err := db.Store.ReportDeath(t.Context(), a.ID, a.Boot, ref, "again"); ok || err != nil {
+		t.Errorf("a second report: %t, %v", ok, err)
+	}
+	if got := db.Text(`SELECT state FROM lorayard.jobs WHERE job_id = $1`, id); got != "queued" {
+		t.Errorf("state = %s", got)
+	}
+	// What was on its way to the dead agent goes back at once, too.
+	if refs, err := db.Store.TakeBack(t.Context(), time.Hour, nil); err != nil || len(refs) != 1 || refs[0].Job != waits {
+		t.Errorf("taken back: %v, %v", refs, err)
+	}
+	storetest.Check(t, db.Pool)
+}
+
+func TestDesiredStates(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	wanted := func() job.Desired { return renew(t, db, a, ref).Attempts[ref] }
+	if got := wanted(); got != job.DesireRun {
+		t.Errorf("wanted = %s", got)
+	}
+	if refs, err := db.Store.Preempt(t.Context(), []job.Ref{ref}); err != nil || len(refs) != 1 {
+		t.Errorf("preempt: %v, %v", refs, err)
+	}
+	if got := wanted(); got != job.DesirePreempt {
+		t.Errorf("wanted = %s", got)
+	}
+	if err := db.Store.Pause(t.Context(), id); err != nil || wanted() != job.DesirePause {
+		t.Errorf("pause: %v", err)
+	}
+	back := store.End{Outcome: store.OutcomeHandedBack, Failure: &job.Failure{Kind: job.Preempted}}
+	if status, err := db.Store.Settle(t.Context(), ref, back); err != nil || status != job.Queued {
+		t.Fatalf("settle: %s, %v", status, err)
+	}
+	if w, err := db.Store.Waiting(t.Context(), 10); err != nil || len(w) != 0 {
+		t.Errorf("a paused job waits to be placed: %v, %v", w, err)
+	}
+	if err := db.Store.Resume(t.Context(), id); err != nil {
 		t.Error(err)
 	}
-	if led, err := db.Store.Lead(t.Context(), func(context.Context) error { return nil }); !led || err != nil {
-		t.Errorf("nobody leads: %t, %v", led, err)
+	if err := db.Store.Prioritize(t.Context(), id, 7); err != nil {
+		t.Error(err)
 	}
-	// The leader whose connection is cut stops leading.
-	led, err := db.Store.Lead(t.Context(), func(ctx context.Context) error {
-		db.Exec(`SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()`)
-		<-ctx.Done()
-		return context.Cause(ctx)
-	})
-	if !led || err == nil {
-		t.Errorf("led %t, %v", led, err)
+	if w, err := db.Store.Waiting(t.Context(), 10); err != nil || len(w) != 1 || w[0].Priority != 7 {
+		t.Errorf("waiting: %v, %v", w, err)
 	}
+
+	if err := db.Store.Cordon(t.Context(), "a", "fan"); err != nil {
+		t.Fatal(err)
+	}
+	hosts, err := db.Store.Hosts(t.Context())
+	if err != nil || len(hosts) != 1 || hosts[0].Closed != "cordoned fan" || !renew(t, db, a).Cordoned {
+		t.Errorf("hosts = %+v, %v", hosts, err)
+	}
+	if sends, err := db.Store.Assign(t.Context(), []store.Assignment{{Job: id, Attempt: 1, Agent: "a", Devices: []string{a.Devices[0].UUID}}}); err != nil || len(sends) != 0 {
+		t.Errorf("a cordoned agent was given work: %v, %v", sends, err)
+	}
+	if err := db.Store.Drain(t.Context(), "a", time.Minute, ""); err != nil {
+		t.Fatal(err)
+	}
+	if w := renew(t, db, a); !w.Drain || w.DrainIn <= 50*time.Second || w.DrainIn > time.Minute {
+		t.Errorf("wanted = %+v", w)
+	}
+	if err := db.Store.Uncordon(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	if w := renew(t, db, a); w.Drain || w.Cordoned {
+		t.Errorf("wanted = %+v", w)
+	}
+	var missing *store.NotFoundError
+	if err := db.Store.Cordon(t.Context(), "nobody", ""); !errors.As(err, &missing) {
+		t.Errorf("err = %v", err)
+	}
+	storetest.Check(t, db.Pool)
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 
@@ -194,6 +195,29 @@ func (d *DB) Job(user, dataset string) string {
 		d.t.Fatal(err)
 	}
 	return id
+}
+
+// Settled yields the id of each job as it is settled by its attempt, from now
+// until ctx ends.
+func (d *DB) Settled(ctx context.Context) <-chan string {
+	d.t.Helper()
+	out := make(chan string, 1<<16)
+	listening := make(chan struct{})
+	go func() {
+		defer close(out)
+		first := true
+		_ = d.Store.Listen(ctx, func(payload string) {
+			if first {
+				close(listening)
+				first = false
+			}
+			if id, ok := strings.CutPrefix(payload, "settled:"); ok {
+				out <- id
+			}
+		})
+	}()
+	<-listening
+	return out
 }
 
 // invariants are the statements of ARCHITECTURE.md that can be asked in SQL;

@@ -1,0 +1,56 @@
+package attempt
+
+import (
+	"sync"
+	"time"
+
+	"lorayard/internal/proc"
+)
+
+// Live is the thread between an attempt under way and its agent's renewals:
+// each renewal extends the time after which the shim ends the trainer, and the
+// attempt says when its devices are free. Its zero value is out of touch.
+type Live struct {
+	// Free is called once no process of the attempt is left and before it is
+	// settled: whoever hears of the settlement may send the next attempt for
+	// the same devices. nil does nothing.
+	Free func()
+
+	mu    sync.Mutex
+	until time.Duration // on the clock of proc.Boottime, which a suspended host does not stop
+	child interface{ Extend(time.Duration) error }
+}
+
+// Extend gives the trainer so much time from now.
+func (l *Live) Extend(d time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.until = max(l.until, proc.Boottime()+d)
+	if l.child != nil {
+		// A shim that does not listen any more ends by itself.
+		_ = l.child.Extend(d)
+	}
+}
+
+// left is the time that a trainer started now would have.
+func (l *Live) left() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.until - proc.Boottime()
+}
+
+// attach passes every later extension on to child; nil ends that.
+func (l *Live) attach(child interface{ Extend(time.Duration) error }) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.child = child
+	if child != nil {
+		_ = child.Extend(l.until - proc.Boottime())
+	}
+}
+
+func (l *Live) free() {
+	if l.Free != nil {
+		l.Free()
+	}
+}

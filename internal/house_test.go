@@ -37,6 +37,7 @@ var uses = map[string]string{
 	"devstack":          "devstack/services storage storage/local store",
 	"cmd/devstack":      "config daemon devstack",
 	"storetest":         "devstack/services store",
+	"fleet":             "agent attempt dispatch gpu job metrics place queue store",
 	"queue/queuebench":  "job queue",
 }
 
@@ -116,7 +117,7 @@ func TestRoomsImportOnlyWhatThePlanShows(t *testing.T) {
 }
 
 func TestBinariesCarryOnlyTheirHalf(t *testing.T) {
-	support := []string{"lorayard/internal/devstack", "lorayard/internal/storetest", "lorayard/internal/storage/local", "lorayard/internal/queue/queuebench", "github.com/alicebob/miniredis"}
+	support := []string{"lorayard/internal/devstack", "lorayard/internal/storetest", "lorayard/internal/fleet", "lorayard/internal/storage/local", "lorayard/internal/queue/queuebench", "github.com/alicebob/miniredis"}
 	for bin, bad := range map[string][]string{
 		"lorayard/cmd/dispatcher": {"lorayard/internal/gpu", "lorayard/internal/trainer", "lorayard/internal/attempt", "lorayard/internal/storage", "github.com/NVIDIA/go-nvml"},
 		"lorayard/cmd/agent":      {"lorayard/internal/api", "lorayard/internal/dispatch", "lorayard/internal/place", "lorayard/deploy"},

@@ -268,9 +268,12 @@ func (a *Agent) renew(ctx context.Context) error {
 	job.SortRefs(refs)
 
 	sent := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, max(time.Second, a.Config.Lease/2))
+	call, cancel := context.WithTimeout(ctx, max(time.Second, a.Config.Lease/2))
 	defer cancel()
-	wanted, err := a.Store.Renew(ctx, a.Self, a.Config.Lease, state, refs)
+	wanted, err := a.Store.Renew(call, a.Self, a.Config.Lease, state, refs)
+	if err != nil && ctx.Err() != nil {
+		return err // nobody wants to know any more
+	}
 	a.Metrics.RenewSeconds.Observe(time.Since(sent).Seconds())
 	a.note(ctx, err)
 	if err != nil {

@@ -202,8 +202,15 @@ func (r *idler) Run(ctx context.Context, as job.Assignment, live *attempt.Live) 
 	if ctx.Err() != nil {
 		end = store.End{Outcome: store.OutcomeHandedBack, Failure: &job.Failure{Kind: job.Preempted, Err: context.Cause(ctx)}}
 	}
-	_, err := r.Store.Settle(context.WithoutCancel(ctx), as.Ref, end)
-	return err
+	// As a real attempt does: until the database has a definite answer.
+	for {
+		_, err := r.Store.Settle(context.WithoutCancel(ctx), as.Ref, end)
+		if err == nil || job.KindOf(err) == job.LeaseLost || store.IsData(err) {
+			return err
+		}
+		r.c.Log.WarnContext(ctx, "not settled yet", "err", err)
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 func (r *idler) Left(context.Context) []attempt.Left                       { return nil }

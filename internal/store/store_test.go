@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"math"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
 
 	"lorayard/deploy"
 	"lorayard/internal/job"
@@ -726,4 +728,60 @@ func TestDesiredStates(t *testing.T) {
 		t.Errorf("err = %v", err)
 	}
 	storetest.Check(t, db.Pool)
+}
+
+// A renewal touches usage and attempts of many jobs, a settlement those of one:
+// when they did not agree on an order, one of them died of a deadlock.
+func TestRenewalsAndSettlementsKeepOneOrder(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	a.Devices = nil
+	for i := range 16 {
+		a.Devices = append(a.Devices, store.Device{UUID: fmt.Sprintf("GPU-%d", i), Class: "A100-80GB"})
+	}
+	register(t, db, a)
+	user := db.User()
+	set := db.Dataset(user)
+	for range 8 {
+		var refs []job.Ref
+		var as []store.Assignment
+		for _, d := range a.Devices {
+			id := job.ID(db.Job(user, set))
+			admit(t, db, id)
+			as = append(as, store.Assignment{Job: id, Agent: a.ID, Devices: []string{d.UUID}})
+		}
+		sends, err := db.Store.Assign(t.Context(), as)
+		if err != nil || len(sends) != len(as) {
+			t.Fatalf("assigned %d: %v", len(sends), err)
+		}
+		for i, s := range sends {
+			ref := s.Task.Ref
+			ref.Nonce = nonce(100 + i)
+			accept(t, db, a, ref)
+			refs = append(refs, ref)
+		}
+		g, ctx := errgroup.WithContext(t.Context())
+		var left atomic.Int64
+		left.Store(int64(len(refs)))
+		for range 2 {
+			g.Go(func() error {
+				for left.Load() > 0 {
+					if _, err := db.Store.Renew(ctx, a, ttl, store.AgentState{}, refs); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		}
+		for _, ref := range refs {
+			g.Go(func() error {
+				defer left.Add(-1)
+				_, err := db.Store.Settle(ctx, ref, store.End{Outcome: store.OutcomeCancelled, Failure: &job.Failure{Kind: job.CancelledByUser}})
+				return err
+			})
+		}
+		if err := g.Wait(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

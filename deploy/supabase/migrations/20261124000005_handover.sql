@@ -185,6 +185,12 @@ BEGIN
     PERFORM pg_catalog.pg_notify('lorayard', 'agent:' || p_agent);
   END IF;
   IF pg_catalog.jsonb_array_length(p_refs) > 0 THEN
+    -- Jobs first, in order: a settlement under way is waited for before any of
+    -- its rows is touched. Without it, the two locked usage and attempts in
+    -- turns and deadlocked.
+    PERFORM 1 FROM lorayard.jobs j
+    WHERE j.job_id IN (SELECT r.job FROM pg_catalog.jsonb_to_recordset(p_refs) AS r(job uuid))
+    ORDER BY j.job_id FOR KEY SHARE;
     WITH mine AS (
       SELECT j.job_id, j.attempt, j.nonce,
         CASE WHEN t.status = 'cancelled' THEN 'cancel' ELSE j.desired END AS desired

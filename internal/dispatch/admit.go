@@ -17,14 +17,13 @@ func (d *Dispatcher) admit(ctx context.Context) error {
 	if err != nil || len(rows) == 0 {
 		return err
 	}
-	rates, err := d.Store.Rates(ctx)
-	if err != nil {
+	if err := d.refresh(ctx, false); err != nil {
 		return err
 	}
 	var errs []error
 	var good []store.Admission
 	for _, row := range rows { // one bad row never blocks the others
-		a, refusal, err := d.judge(row, rates)
+		a, refusal, err := d.judge(row, d.known.rates)
 		switch {
 		case err != nil:
 			errs = append(errs, err)

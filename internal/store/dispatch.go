@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -332,30 +333,28 @@ func (s *Store) Assign(ctx context.Context, as []Assignment) ([]Send, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode assignments: %w", err)
 	}
-	var out []Send
-	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		// One round trip for both: the lock is there before the statement looks.
-		b := &pgx.Batch{}
-		b.Queue(lockAssign, assignLock)
-		b.Queue(assign, raw)
-		res := tx.SendBatch(ctx, b)
-		defer res.Close()
-		if _, err := res.Exec(); err != nil {
-			return err
-		}
-		rows, err := res.Query()
-		if err != nil {
-			return err
-		}
-		if out, err = pgx.CollectRows(rows, scanSend); err != nil {
-			return err
-		}
-		return res.Close()
-	})
-	if err != nil {
+	// A batch is one transaction and one round trip: the lock is there before
+	// the statement looks, and until it is committed.
+	b := &pgx.Batch{}
+	b.Queue(lockAssign, assignLock)
+	b.Queue(assign, raw)
+	res := s.pool.SendBatch(ctx, b)
+	out, err := assigned(res)
+	if err := errors.Join(err, res.Close()); err != nil {
 		return nil, fmt.Errorf("assign: %w", err)
 	}
 	return out, nil
+}
+
+func assigned(res pgx.BatchResults) ([]Send, error) {
+	if _, err := res.Exec(); err != nil {
+		return nil, err
+	}
+	rows, err := res.Query()
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, scanSend)
 }
 
 func scanSend(r pgx.CollectableRow) (x Send, err error) {

@@ -24,6 +24,8 @@ var uses = map[string]string{
 	"store":    "job",
 	"queue":    "job",
 	"presence": "job",
+	// The hand-over as one pure function, for tests and the simulation.
+	"proto": "job",
 	// The agent's story.
 	"trainer": "job proc wire",
 	"ship":    "job metrics spool wire",

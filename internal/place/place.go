@@ -281,7 +281,8 @@ func (s *state) backfill(w *waiting) bool {
 		return false
 	}
 	for _, r := range s.reservations {
-		if r.Start.IsZero() || s.Now.Add(w.Estimate).After(r.Start) || r.free < w.Count || !w.demand.takes(r.pool) {
+		// An unknown start is long past.
+		if s.Now.Add(w.Estimate).After(r.Start) || r.free < w.Count || !w.demand.takes(r.pool) {
 			continue
 		}
 		p := &s.pools[r.pool]

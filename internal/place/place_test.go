@@ -94,10 +94,10 @@ func TestAHostOfManyDevicesIsSplitAlongItsLinks(t *testing.T) {
 		}
 	}
 	r := run(t, place.Input{
-		Jobs: []place.Job{want("1", "H100", 8), want("2", "H100", 1), want("3", "H100", 9)}, Hosts: []place.Host{h},
-		Running: []place.Running{runs("r", h, 0, 1)},
+		Jobs: []place.Job{want("1", "H100", 1), want("2", "H100", 8), want("3", "H100", 8)}, Hosts: []place.Host{h},
+		Running: []place.Running{runs("r", h, 19, 1)},
 	})
-	for i, island := range []int{1, 1, 0} { // one of the even island is busy
+	for i, island := range []int{1, 0, 1} { // the odd one is not whole any more
 		for _, d := range r.Assignments[i].Devices {
 			var n int
 			if _, err := fmt.Sscanf(d, "a-H100-%d", &n); err != nil || n%2 != island {
@@ -359,6 +359,9 @@ func TestPreemptionTakesTheCheapestRoomThatSuffices(t *testing.T) {
 	}{
 		{"the youngest beyond the minimum", urgent(1), []place.Running{age(runs("1", a, 0, 1), 60), age(runs("2", a, 1, 1), 12), age(runs("3", a, 2, 1), 9), age(runs("4", a, 3, 1), 20), age(runs("5", b, 0, 4), 11)}, "[2]"},
 		{"the lowest priority", urgent(1), []place.Running{with(age(runs("1", a, 0, 4), 20), func(r *place.Running) { r.Priority = 1 }), age(runs("2", b, 0, 4), 50)}, "[2]"},
+		{"the lowest priority of one host", urgent(1), []place.Running{with(age(runs("1", a, 0, 1), 20), func(r *place.Running) { r.Priority = 1 }), age(runs("2", a, 1, 1), 50), with(runs("3", a, 2, 2), func(r *place.Running) { r.Priority = 1 }), with(runs("4", b, 0, 4), func(r *place.Running) { r.Priority = 1 })}, "[2]"},
+		{"the youngest of two hosts", urgent(4), []place.Running{age(runs("1", a, 0, 4), 60), age(runs("2", b, 0, 4), 12)}, "[2]"},
+		{"one on another host instead of two", urgent(4), []place.Running{age(runs("1", a, 0, 2), 12), age(runs("2", a, 2, 2), 12), age(runs("3", b, 0, 4), 60)}, "[3]"},
 		{"one instead of two", urgent(2), []place.Running{age(runs("1", a, 0, 1), 11), age(runs("2", a, 1, 3), 50), age(runs("3", b, 0, 4), 60)}, "[2]"},
 		{"none if not all is freed", urgent(4), []place.Running{age(runs("1", a, 0, 1), 5), age(runs("2", a, 1, 3), 50), age(runs("3", b, 0, 1), 5)}, "[]"},
 		{"none of the same priority", urgent(4), []place.Running{with(runs("1", a, 0, 4), func(r *place.Running) { r.Priority = 5 }), with(runs("2", b, 0, 4), func(r *place.Running) { r.Preemptible = false })}, "[]"},
@@ -382,10 +385,43 @@ func TestPreemptionTakesTheCheapestRoomThatSuffices(t *testing.T) {
 	if len(r.Preemptions) != 2 || r.Preemptions[0].For != "j" || r.Preemptions[1].For != "k" || r.Waiting["j"].Reason != "4 × H100 on a are being made free for it" {
 		t.Errorf("%+v", r)
 	}
+	// Where devices come free on two hosts, it stays where it was promised some.
+	two = []place.Job{with(urgent(4)[0], func(j *place.Job) { j.Reserved = "b" })}
+	leave := func(r *place.Running) { r.Leaving = true }
+	r = run(t, place.Input{Jobs: two, Hosts: []place.Host{a, b}, Running: []place.Running{with(runs("1", a, 0, 4), leave), with(runs("2", b, 0, 4), leave)}, Policy: policy})
+	if len(r.Preemptions) != 0 || r.Reservations[0].Agent != "b" {
+		t.Errorf("%+v", r)
+	}
 	// Two small ones share what one large victim leaves.
 	two = append(urgent(2), with(urgent(2)[0], func(j *place.Job) { j.ID = "k" }))
 	r = run(t, place.Input{Jobs: two, Hosts: []place.Host{a}, Running: []place.Running{runs("1", a, 0, 4)}, Policy: policy})
 	if len(r.Preemptions) != 1 || len(r.Reservations) != 2 {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestRoomIsCountedAnewWhenAHostChanged(t *testing.T) {
+	a, b := gpus("a", "H100", 2), gpus("b", "H100", 3)
+	jobs := []place.Job{want("1", "H100", 2), want("2", "H100", 1), want("3", "H100", 2)}
+	for i := range jobs {
+		jobs[i].Priority = 5
+	}
+	// The first prefers a, the second takes the free one of b, with which the
+	// third could have done with one victim.
+	r := run(t, place.Input{Jobs: jobs, Hosts: []place.Host{a, b}, Running: []place.Running{with(runs("r1", a, 0, 2), func(r *place.Running) { r.Leaving = true }), runs("r2", b, 1, 1), runs("r3", b, 2, 1)}})
+	if got := agents(r); got["2"] != "b" || len(r.Preemptions) != 2 {
+		t.Errorf("%+v", r)
+	}
+
+	// One victim that holds devices of two classes leaves both.
+	mixed, l4 := gpus("a", "H100", 1), gpus("b", "L4", 1)
+	mixed.Devices = append(mixed.Devices, gpus("a", "L4", 1).Devices...)
+	jobs = []place.Job{want("1", "L4", 1), want("2", "H100", 1), want("3", "L4", 1)}
+	for i := range jobs {
+		jobs[i].Priority = 5
+	}
+	r = run(t, place.Input{Jobs: jobs, Hosts: []place.Host{mixed, l4}, Running: []place.Running{runs("r1", mixed, 0, 2), runs("r2", l4, 0, 1)}})
+	if len(r.Preemptions) != 2 || len(r.Reservations) != 3 {
 		t.Errorf("%+v", r)
 	}
 }

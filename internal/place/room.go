@@ -174,8 +174,10 @@ func (s *state) roomIn(p *pool, count, priority int) room {
 	return out
 }
 
+// mayLeave reports whether r may be asked to. Who leaves already is not asked:
+// what it holds is coming, or promised.
 func (s *state) mayLeave(r *run, priority int) bool {
-	return r.Preemptible && r.Priority < priority && !r.leaving && s.Now.Sub(r.Started) >= s.Policy.MinRun
+	return r.Preemptible && r.Priority < priority && s.Now.Sub(r.Started) >= s.Policy.MinRun
 }
 
 // reserve lets a host fill up for a gang that has waited long enough: the one

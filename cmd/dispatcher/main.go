@@ -73,7 +73,7 @@ type settings struct {
 	Lease       time.Duration `flag:"lease" env:"LEASE" default:"5s" help:"the agents' lease, waited out after an outage of the database"`
 	Term        time.Duration `flag:"term" env:"LEADER_TERM" default:"3s" help:"the leader's own lease: a standby leads at most a third longer after it died"`
 	MinRun      time.Duration `flag:"min-run" env:"MIN_RUN" default:"10m" help:"an attempt is not preempted before it ran so long"`
-	Reserve     time.Duration `flag:"reserve-after" env:"RESERVE_AFTER" default:"2m" help:"a job for several GPUs that waits so long may reserve a host"`
+	Reserve     time.Duration `flag:"reserve-after" env:"RESERVE_AFTER" default:"10m" help:"a job for several GPUs that waits so long may reserve a host"`
 	MaxReserved int           `flag:"max-reserved" env:"MAX_RESERVED" default:"2" help:"the most hosts that are reserved at once"`
 	UserGPUs    int           `flag:"user-gpus" env:"USER_GPUS" default:"0" help:"GPUs at once of a user without a row in lorayard.quotas; 0: no limit"`
 	UserQueued  int           `flag:"user-queued" env:"USER_QUEUED" default:"0" help:"jobs of such a user that take part in the queue at once; 0: no limit"`

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
+	"strings"
 
 	"lorayard/internal/job"
 	"lorayard/internal/store"
@@ -64,12 +67,14 @@ func (d *Dispatcher) judge(row store.Row, rates map[string]int64) (a store.Admis
 	} else if row.DatasetStatus == "error" {
 		refusal = join(refusal, "the data set did not pass validation: correct its file and upload it again.")
 	}
+	rate, ok := dearest(spec.GPUs, rates)
+	if !ok && err == nil {
+		// A class is offered when it has a price; the operator adds one to
+		// lorayard.rates.
+		refusal = join(refusal, fmt.Sprintf("gpu_config.type %s is not offered here: choose one of %s.", spec.GPUs, strings.Join(slices.Sorted(maps.Keys(rates)), ", ")))
+	}
 	if refusal != "" {
 		return a, refusal, nil
-	}
-	rate, ok := dearest(spec.GPUs, rates)
-	if !ok {
-		return a, "", fmt.Errorf("admit job %s: no rate for %s in lorayard.rates: add one", row.ID, spec.GPUs)
 	}
 	a = store.Admission{ID: row.ID, Spec: spec}
 	if a.Hyperparameters, err = spec.Hyperparameters(row.Hyperparameters); err != nil {

@@ -395,6 +395,7 @@ func TestBadJobsFailInWords(t *testing.T) {
 		"unknown preset": {func(j *devstack.Job) { j.Preset = "turbo" }, "use fast, balanced, quality or custom"},
 		"rank 0":         {func(j *devstack.Job) { j.Hyperparameters = map[string]any{"rank": 0} }, "rank is 0"},
 		"9 GPUs":         {func(j *devstack.Job) { j.GPUConfig = map[string]any{"type": "H100", "count": 9} }, "from 1 to 8"},
+		"no price":       {func(j *devstack.Job) { j.GPUConfig = map[string]any{"type": "T4", "count": 1} }, "is not offered here: choose one of"},
 		"foreign model":  {func(j *devstack.Job) { j.Hyperparameters = map[string]any{"base_model": "../../etc/passwd"} }, "choose one of"},
 	} {
 		j := good

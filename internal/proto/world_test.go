@@ -62,7 +62,7 @@ var faultName = [faults]string{
 // Limits of what can be told apart.
 const (
 	maxAttempts = 3
-	maxSends    = 2 // message slots of an attempt; sends go round
+	maxSends    = 3 // message slots of an attempt
 )
 
 type ref struct{ attempt, nonce uint8 } // nonce: an index, 0 for none
@@ -185,13 +185,14 @@ type model struct {
 	// A job that is queued again after so many attempts is as good as new, and
 	// is not followed any further.
 	attempts int
+	sends    int // told apart, one more than may be archived
 
 	lateFromAnswer bool // a deadline from an answer lies beyond the lease
 	oneSlot        bool // sends of an attempt share a name
 }
 
 func newModel(r proto.Rules, strict bool, each uint8, total, attempts int) *model {
-	m := &model{rules: r, strict: strict, total: total, attempts: attempts}
+	m := &model{rules: r, strict: strict, total: total, attempts: attempts, sends: int(each) + 1}
 	for f := range m.budget {
 		m.budget[f] = each
 	}
@@ -278,7 +279,7 @@ func (k *walker) next(w *world, a int, e proto.Event) proto.Answer {
 		return ans
 	}
 	if e.Do == proto.Resend {
-		w.job.Send = (w.job.Send-1)%maxSends + 1
+		w.job.Send = (w.job.Send-1)%k.sends + 1 // they go round
 	}
 	// Of the messages of an attempt that is over, one stays to come late.
 	_, n := w.job.Current()
@@ -306,7 +307,7 @@ func (k *walker) slot(send int) int {
 	if k.oneSlot {
 		return 0
 	}
-	return (send - 1) % maxSends
+	return (send - 1) % k.sends
 }
 
 // send puts a message into Redis, unless one of its name is there.

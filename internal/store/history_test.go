@@ -28,6 +28,9 @@ type history struct {
 	last int       // newest attempt that anybody heard of
 	sent [2][]int  // attempts sent to agent a and b
 	held []job.Ref // what agents believe to hold, for ever
+
+	cancelAt int           // so many calls were made when the user cancels
+	reached  chan struct{} // closed then
 }
 
 // ask does e and records it. Now and then the answer is not waited for: then
@@ -48,6 +51,9 @@ func (h *history) ask(rng *rand.Rand, client int, e proto.Event) proto.Answer {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.ops = append(h.ops, porcupine.Operation{ClientId: client, Input: e, Output: ans, Call: call, Return: end})
+	if len(h.ops) == h.cancelAt {
+		close(h.reached)
+	}
 	return ans
 }
 
@@ -139,7 +145,7 @@ func record(t *testing.T, db *storetest.DB, n int) [][]porcupine.Operation {
 	dataset := db.Dataset(user)
 	var out [][]porcupine.Operation
 	for i := range n {
-		h := &history{real: newReal(t, db, user, dataset, i+1), start: time.Now()}
+		h := &history{real: newReal(t, db, user, dataset, i+1), start: time.Now(), cancelAt: 1 + i, reached: make(chan struct{})}
 		for a, name := range []string{"a", "b"} {
 			if _, err := h.do(t.Context(), proto.Event{Do: proto.Register, Agent: name, Boot: fmt.Sprint(a + 1)}); err != nil {
 				t.Fatal(err)
@@ -155,7 +161,7 @@ func record(t *testing.T, db *storetest.DB, n int) [][]porcupine.Operation {
 				case c < 4:
 					h.dispatch(rng, c, 12)
 				case i%4 == 0:
-					time.Sleep(time.Duration(rng.IntN(40)) * time.Millisecond) // some time in the middle
+					<-h.reached
 					h.ask(rng, c, proto.Event{Do: proto.Cancel})
 				}
 			})
@@ -260,21 +266,29 @@ func TestADatabaseWithoutTheFenceIsFoundOut(t *testing.T) {
 func TestAnAcceptAndANewProcessDoNotPassEachOther(t *testing.T) {
 	t.Skip("they do: lorayard.accept reads the agent's row without a lock; FOR SHARE, taken before the job's row, mends it")
 	db := storetest.New(t)
-	a := agent("a", 1)
-	id, _ := admitted(t, db, a)
-	ref := assign(t, db, id, 0, a)
+	user := db.User()
+	r := newReal(t, db, user, db.Dataset(user), 1)
+	for _, e := range []proto.Event{{Do: proto.Register, Agent: "a", Boot: "1"}, {Do: proto.Assign, Agent: "a"}} {
+		if ans, err := r.do(t.Context(), e); err != nil || ans.Kind != proto.Done {
+			t.Fatalf("%s: %+v, %v", e.Do, ans, err)
+		}
+	}
 	tx, err := db.Pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tx.Rollback(context.Background())
-	if _, err := tx.Exec(t.Context(), `SELECT lorayard.accept($1, $2, $3, $4, $5)`, a.ID, a.Boot, id, ref.Attempt, nonce(11)); err != nil {
+	a := r.agent("a", "1")
+	if _, err := tx.Exec(t.Context(), `SELECT lorayard.accept($1, $2, $3, 1, $4)`, a.ID, a.Boot, r.id, r.uuid("111")); err != nil {
 		t.Fatal(err)
 	}
 	registered := make(chan error, 1)
-	go func() { registered <- db.Store.Register(t.Context(), agent("a", 2), ttl) }()
+	go func() {
+		_, err := r.do(t.Context(), proto.Event{Do: proto.Register, Agent: "a", Boot: "3"})
+		registered <- err
+	}()
 	// Until the registration waits for the accept, or is through.
-	for db.Text(`SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'`) == "0" && len(registered) == 0 {
+	for db.Text(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) == "0" && len(registered) == 0 {
 		time.Sleep(time.Millisecond)
 	}
 	if err := tx.Commit(t.Context()); err != nil {
@@ -283,8 +297,8 @@ func TestAnAcceptAndANewProcessDoNotPassEachOther(t *testing.T) {
 	if err := <-registered; err != nil {
 		t.Fatal(err)
 	}
-	if got := db.Text(`SELECT state FROM lorayard.jobs`); got != "queued" {
-		t.Errorf("the job is %s by a process that is gone", got)
+	if j, _ := r.look(); j.Control != proto.Queued {
+		t.Errorf("the job is %s by a process that is gone", j.Control)
 	}
 	storetest.Check(t, db.Pool)
 }

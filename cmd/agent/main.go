@@ -223,11 +223,18 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	})
 	streams.Look = a.Look
 	log.InfoContext(ctx, "agent starts", "version", version, "devices", len(devices), "pretend", s.PretendGPUs > 0)
-	return daemon.Run(ctx, log,
+	restart := false
+	err = daemon.Run(ctx, log,
 		daemon.Ops(s.OpsAddr, m.Handler(), a.Ready),
 		daemon.Part{Name: "presence", Run: func(ctx context.Context) error { streams.Run(ctx); return nil }},
 		daemon.Part{Name: "control", Run: func(ctx context.Context) error { return a.Control(ctx, s.DataDir) }},
-		daemon.Part{Name: "agent", Run: a.Run},
+		daemon.Part{Name: "agent", Run: func(ctx context.Context) error {
+			err := a.Run(ctx)
+			if restart = errors.Is(err, agent.ErrRestart); restart {
+				return nil
+			}
+			return err
+		}},
 		daemon.Part{Name: "queue", Run: func(ctx context.Context) error {
 			return queue.Serve(ctx, queue.Server{
 				URL: s.RedisURL.Reveal(), Agent: s.ID, Concurrency: 2*len(devices) + 4, Log: log,
@@ -242,6 +249,10 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 			})
 		}},
 	)
+	if err == nil && restart {
+		return agent.ErrRestart
+	}
+	return err
 }
 
 // instanceOf names a data directory, once for its whole life: an agent that is

@@ -58,7 +58,11 @@ func Run(ctx context.Context, log *slog.Logger, parts ...Part) error {
 		cause = context.Cause(ctx)
 	case e := <-first:
 		cause = fmt.Errorf("part %s ended", parts[e.i].Name)
-		log.ErrorContext(ctx, "a part ended, stopping", "part", parts[e.i].Name, "err", e.err)
+		if e.err == nil { // it was told to by somebody else than ctx
+			log.InfoContext(ctx, "a part is done, stopping", "part", parts[e.i].Name)
+		} else {
+			log.ErrorContext(ctx, "a part ended, stopping", "part", parts[e.i].Name, "err", e.err)
+		}
 	}
 	for i := len(parts) - 1; i >= 0; i-- {
 		stops[i](cause)

@@ -149,6 +149,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 
 func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) error {
 	log := daemon.Logger(stderr, s.LogLevel, s.LogFormat).With("agent", s.ID)
+	queue.LogTo(log)
 	for _, dir := range []string{s.DataDir, s.ModelsDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("make %s: %w", dir, err)

@@ -48,6 +48,7 @@ Usage: dispatcher <verb> [flags]
   cordon AGENT         give the agent nothing new; what it runs goes on (--reason)
   uncordon AGENT       give it work again, also after a drain
   drain AGENT          cordon it, and have its attempts elsewhere --within a time
+  forget AGENT         take an agent that is gone for good off the list
   pause JOB            save a checkpoint and keep the job in the queue
   resume JOB           let a paused job go on
   prioritize JOB N     place the job before those of lower priority (0 is usual)
@@ -106,7 +107,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 			return ignoreHelp(err)
 		}
 		return migrate(ctx, m, stdout)
-	case "agents", "jobs", "cordon", "uncordon", "drain", "pause", "resume", "prioritize":
+	case "agents", "jobs", "cordon", "uncordon", "drain", "forget", "pause", "resume", "prioritize":
 		return operate(ctx, verb, args, environ, stdout)
 	case "version":
 		fmt.Fprintln(stdout, "dispatcher", version)
@@ -140,6 +141,7 @@ func ignoreHelp(err error) error {
 
 func serve(ctx context.Context, s settings, stderr io.Writer) error {
 	log := daemon.Logger(stderr, s.LogLevel, s.LogFormat)
+	queue.LogTo(log)
 	st, err := store.Open(ctx, s.DatabaseURL.Reveal(), store.Options{Name: "lorayard-dispatcher"})
 	if err != nil {
 		return err

@@ -14,12 +14,14 @@ import (
 
 	"lorayard/internal/config"
 	"lorayard/internal/job"
+	"lorayard/internal/queue"
 	"lorayard/internal/store"
 )
 
 // operation are the settings of the operator's verbs.
 type operation struct {
 	DatabaseURL config.Secret `flag:"database-url" env:"DATABASE_URL" required:"true" example:"postgres://user:password@host:5432/postgres" help:"the app's Postgres"`
+	RedisURL    config.Secret `flag:"redis-url" env:"REDIS_URL" example:"redis://:password@host:6379/0" help:"forget: Redis, to remove the agent's queue as well"`
 	Reason      string        `flag:"reason" env:"REASON" help:"cordon, drain: why, for whoever looks at the list"`
 	Within      time.Duration `flag:"within" env:"WITHIN" default:"30m" help:"drain: how long attempts may go on; after that they save a checkpoint and go elsewhere"`
 	Limit       int           `flag:"limit" env:"LIMIT" default:"200" help:"jobs: the most to list"`
@@ -67,7 +69,7 @@ func operate(ctx context.Context, verb string, args, environ []string, stdout io
 // arguments names what each verb is about.
 var arguments = map[string][]string{
 	"agents": {}, "jobs": {}, "cordon": {"AGENT"}, "uncordon": {"AGENT"}, "drain": {"AGENT"},
-	"pause": {"JOB"}, "resume": {"JOB"}, "prioritize": {"JOB", "N"},
+	"forget": {"AGENT"}, "pause": {"JOB"}, "resume": {"JOB"}, "prioritize": {"JOB", "N"},
 }
 
 func isNumber(s string) bool {
@@ -94,6 +96,8 @@ func carryOut(ctx context.Context, st *store.Store, verb string, named []string,
 		err, done = st.Uncordon(ctx, name), "agent "+name+" takes work again"
 	case "drain":
 		err, done = st.Drain(ctx, name, o.Within, o.Reason), fmt.Sprintf("agent %s is drained: its attempts may go on for %v", name, o.Within)
+	case "forget":
+		err, done = forget(ctx, st, name, o.RedisURL.Reveal()), "agent "+name+" is forgotten"
 	case "pause":
 		err, done = st.Pause(ctx, id), "job "+name+" is paused; `dispatcher resume "+name+"` lets it go on"
 	case "resume":
@@ -110,6 +114,20 @@ func carryOut(ctx context.Context, st *store.Store, verb string, named []string,
 	}
 	_, err = fmt.Fprintln(stdout, done)
 	return err
+}
+
+// forget removes an agent from the database and, where its address is known,
+// from Redis; there its queue harms nobody.
+func forget(ctx context.Context, st *store.Store, agent, redisURL string) error {
+	if err := st.Forget(ctx, agent); err != nil || redisURL == "" {
+		return err
+	}
+	q, err := queue.Dial(redisURL)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	return q.Forget(ctx, agent)
 }
 
 func listAgents(ctx context.Context, st *store.Store, stdout io.Writer) error {

@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -177,3 +178,14 @@ func (l logger) Info(args ...any)  { l.log.Info("asynq: " + fmt.Sprint(args...))
 func (l logger) Warn(args ...any)  { l.log.Warn("asynq: " + fmt.Sprint(args...)) }
 func (l logger) Error(args ...any) { l.log.Warn("asynq: " + fmt.Sprint(args...)) }
 func (l logger) Fatal(args ...any) { l.log.Error("asynq: " + fmt.Sprint(args...)) }
+
+// LogTo lets go-redis speak through log, at debug level: it tells of every
+// failed dial, and what matters is said once by us. The logger of go-redis is
+// one for the whole process, so this is for a program's start.
+func LogTo(log *slog.Logger) { redis.SetLogger(printer{log}) }
+
+type printer struct{ log *slog.Logger }
+
+func (p printer) Printf(ctx context.Context, format string, v ...any) {
+	p.log.DebugContext(ctx, "redis: "+fmt.Sprintf(format, v...))
+}

@@ -43,6 +43,15 @@ func (s *Store) Drain(ctx context.Context, agent string, within time.Duration, r
 	return s.operate(ctx, "drain", "agent", agent, drain, within, clean(reason))
 }
 
+const forget = `
+	DELETE FROM lorayard.agents a WHERE a.id = $1 AND a.lease_until < clock_timestamp()
+	  AND NOT EXISTS (SELECT 1 FROM lorayard.jobs j WHERE j.agent_id = a.id AND j.state IN ('assigned', 'accepted'))`
+
+// Forget takes an agent that is gone for good off the list.
+func (s *Store) Forget(ctx context.Context, agent string) error {
+	return s.operate(ctx, "forget", "agent without a lease and without attempts by the name", agent, forget)
+}
+
 const pause = `
 	UPDATE lorayard.jobs SET desired = 'pause', waiting = CASE WHEN state = 'queued' THEN 'paused' ELSE waiting END
 	WHERE job_id = $1 AND state <> 'settled'

@@ -724,6 +724,13 @@ func TestDesiredStates(t *testing.T) {
 		t.Errorf("wanted = %+v", w)
 	}
 	var missing *store.NotFoundError
+	if err := db.Store.Forget(t.Context(), "a"); !errors.As(err, &missing) {
+		t.Errorf("a live agent is forgotten: %v", err)
+	}
+	db.Exec(`UPDATE lorayard.agents SET lease_until = now() - interval '1 s'`)
+	if err := db.Store.Forget(t.Context(), "a"); err != nil || db.Text(`SELECT count(*) FROM lorayard.devices`) != "0" {
+		t.Errorf("forget: %v", err)
+	}
 	if err := db.Store.Cordon(t.Context(), "nobody", ""); !errors.As(err, &missing) {
 		t.Errorf("err = %v", err)
 	}

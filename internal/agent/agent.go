@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -126,7 +127,7 @@ func (d *drain) on() bool { return d.own || d.operator }
 // returns store.ErrReplaced when another process took this agent's id, and
 // ErrRestart after Restart.
 func (a *Agent) Run(ctx context.Context) error {
-	left := a.Runner.Left(ctx)
+	left := a.reserve(ctx, a.Runner.Left(ctx))
 	kept, err := a.register(ctx, left)
 	if err != nil || ctx.Err() != nil {
 		return err
@@ -151,6 +152,10 @@ func (a *Agent) Run(ctx context.Context) error {
 			_ = a.renew(life)
 			return nil
 		case <-a.restart:
+			// First the lease: a renewal that does not list what is being left
+			// would give it away.
+			die()
+			lease <- <-lease
 			return a.handOver(life)
 		case err := <-lease:
 			lease <- nil
@@ -161,10 +166,32 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 }
 
+// heir is an attempt that an earlier process left, with its devices.
+type heir struct {
+	attempt.Left
+	devices *gpu.Reservation
+}
+
+// reserve takes the devices of what was left. What has lost one of its devices
+// cannot go on here: it is not listed at registration, and so goes elsewhere.
+func (a *Agent) reserve(ctx context.Context, left []attempt.Left) []heir {
+	var out []heir
+	for _, l := range left {
+		res, err := a.Ledger.Reserve(l.Assignment.Devices)
+		if err != nil {
+			a.Log.ErrorContext(ctx, "attempt cannot go on", "job", l.Assignment.Ref.Job, "attempt", l.Assignment.Ref.Attempt, "err", err)
+			a.Runner.Discard(ctx, l)
+			continue
+		}
+		out = append(out, heir{l, res})
+	}
+	return out
+}
+
 // register tries until the database takes it or ctx ends. An id or a device
 // that a live agent on another host holds is waited for as long as a lease may
 // last, in case that agent is dead, and is then a mistake to be told.
-func (a *Agent) register(ctx context.Context, left []attempt.Left) ([]job.Ref, error) {
+func (a *Agent) register(ctx context.Context, left []heir) ([]job.Ref, error) {
 	adopt := make([]job.Ref, len(left))
 	for i, l := range left {
 		adopt[i] = l.Assignment.Ref
@@ -197,28 +224,17 @@ func (a *Agent) register(ctx context.Context, left []attempt.Left) ([]job.Ref, e
 }
 
 // resume goes on with what was left and is still ours, and ends the rest.
-func (a *Agent) resume(ctx context.Context, left []attempt.Left, kept []job.Ref) {
-	ours := map[job.Ref]bool{}
-	for _, ref := range kept {
-		ours[ref] = true
-	}
-	for _, l := range left {
-		ref := l.Assignment.Ref
-		if !ours[ref] {
+func (a *Agent) resume(ctx context.Context, left []heir, kept []job.Ref) {
+	for _, h := range left {
+		ref := h.Assignment.Ref
+		if !slices.Contains(kept, ref) {
 			a.Log.WarnContext(ctx, "attempt was given away while nobody was here", "job", ref.Job, "attempt", ref.Attempt)
-			a.Runner.Discard(ctx, l)
+			a.Runner.Discard(ctx, h.Left)
+			a.Ledger.Release(h.devices)
 			continue
 		}
-		res, err := a.Ledger.Reserve(l.Assignment.Devices)
-		if err != nil {
-			// A device is gone or broken: the database gives the attempt back
-			// when this agent does not list it.
-			a.Log.ErrorContext(ctx, "attempt cannot go on", "job", ref.Job, "attempt", ref.Attempt, "err", err)
-			a.Runner.Discard(ctx, l)
-			continue
-		}
-		a.Log.InfoContext(ctx, "attempt goes on", "job", ref.Job, "attempt", ref.Attempt, "device", l.Assignment.Devices)
-		a.begin(l.Assignment, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Resume(ctx, l, live) })
+		a.Log.InfoContext(ctx, "attempt goes on", "job", ref.Job, "attempt", ref.Attempt, "device", h.Assignment.Devices)
+		a.begin(h.Assignment, h.devices, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Resume(ctx, h.Left, live) })
 	}
 }
 

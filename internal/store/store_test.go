@@ -608,6 +608,28 @@ func TestARestartedAgentAdoptsWhatItLists(t *testing.T) {
 	storetest.Check(t, db.Pool)
 }
 
+// An accept whose answers were all lost is known to the database alone.
+func TestAnAttemptThatItsAgentDoesNotListIsLost(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	renew(t, db, a) // sent before the accept was
+	if got := db.Text(`SELECT state FROM lorayard.jobs`); got != "accepted" {
+		t.Fatalf("state = %s right after the accept", got)
+	}
+	db.Exec(`UPDATE lorayard.attempts SET accepted_at = accepted_at - interval '1 minute'`)
+	if w := renew(t, db, a, ref); w.Attempts[ref] != job.DesireRun {
+		t.Errorf("wanted = %v of an attempt that is listed", w.Attempts)
+	}
+	renew(t, db, a)
+	if got := db.Text(`SELECT j.state || ' ' || a.outcome FROM lorayard.jobs j JOIN lorayard.attempts a USING (job_id)`); got != "queued lost" {
+		t.Errorf("job and attempt: %s", got)
+	}
+}
+
 func TestAnAgentIdBelongsToOneHost(t *testing.T) {
 	db := storetest.New(t)
 	a := agent("a", 1)

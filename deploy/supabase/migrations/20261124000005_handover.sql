@@ -159,7 +159,7 @@ END $$;
 
 -- One renewal of an agent: its lease, the usage of its attempts, and what is
 -- wanted of it and of each of them. An attempt that does not come back is not
--- the agent's. p_state: {draining}. The answer: {cordoned, drain_in (seconds),
+-- the agent's, and one that the agent does not list is lost. p_state: {draining}. The answer: {cordoned, drain_in (seconds),
 -- dispatchers [address], attempts [{job, attempt, nonce, desired}]}.
 DROP FUNCTION IF EXISTS lorayard.renew(text, uuid, interval, boolean, jsonb);
 CREATE OR REPLACE FUNCTION lorayard.renew(p_agent text, p_boot uuid, p_ttl interval, p_state jsonb, p_refs jsonb)
@@ -169,6 +169,7 @@ DECLARE
   v_agent    lorayard.agents;
   v_was      boolean;
   v_attempts jsonb := '[]';
+  r          record;
 BEGIN
   -- A lease that a crash of the database forgets is waited out by the reaper:
   -- no need for every agent to wait for the disk once a second.
@@ -189,13 +190,13 @@ BEGIN
     -- its rows is touched. Without it, the two locked usage and attempts in
     -- turns and deadlocked.
     PERFORM 1 FROM lorayard.jobs j
-    WHERE j.job_id IN (SELECT r.job FROM pg_catalog.jsonb_to_recordset(p_refs) AS r(job uuid))
+    WHERE j.job_id IN (SELECT l.job FROM pg_catalog.jsonb_to_recordset(p_refs) AS l(job uuid))
     ORDER BY j.job_id FOR KEY SHARE;
     WITH mine AS (
       SELECT j.job_id, j.attempt, j.nonce,
         CASE WHEN t.status = 'cancelled' THEN 'cancel' ELSE j.desired END AS desired
-      FROM pg_catalog.jsonb_to_recordset(p_refs) AS r(job uuid, attempt integer, nonce uuid)
-      JOIN lorayard.jobs j ON j.job_id = r.job AND j.attempt = r.attempt AND j.nonce = r.nonce AND j.state = 'accepted' AND j.agent_id = p_agent
+      FROM pg_catalog.jsonb_to_recordset(p_refs) AS l(job uuid, attempt integer, nonce uuid)
+      JOIN lorayard.jobs j ON j.job_id = l.job AND j.attempt = l.attempt AND j.nonce = l.nonce AND j.state = 'accepted' AND j.agent_id = p_agent
       JOIN public.training_jobs t ON t.id = j.job_id
     ), used AS (
       UPDATE lorayard.usage_intervals u
@@ -208,6 +209,17 @@ BEGIN
     SELECT coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('job', m.job_id, 'attempt', m.attempt, 'nonce', m.nonce, 'desired', m.desired)), '[]')
     INTO v_attempts FROM mine m;
   END IF;
+  -- What this process accepted and does not list, it does not run: both answers
+  -- of its accept were lost, or its end could not be written. An accept under
+  -- way is younger than the grace.
+  FOR r IN SELECT j.job_id, j.attempt FROM lorayard.jobs j
+           JOIN lorayard.attempts t ON t.job_id = j.job_id AND t.attempt = j.attempt
+           WHERE j.agent_id = p_agent AND j.state = 'accepted' AND t.boot = p_boot AND t.accepted_at < v_now - interval '10 seconds'
+             AND NOT EXISTS (SELECT 1 FROM pg_catalog.jsonb_to_recordset(p_refs) AS l(job uuid, attempt integer, nonce uuid)
+                             WHERE l.job = j.job_id AND l.attempt = j.attempt AND l.nonce = j.nonce)
+           ORDER BY j.job_id LOOP
+    PERFORM lorayard.lose_attempt(r.job_id, r.attempt, 'agent ' || p_agent || ' does not run it');
+  END LOOP;
   RETURN pg_catalog.jsonb_build_object(
     'cordoned', v_agent.cordoned,
     'drain_in', extract(epoch FROM v_agent.drain_by - v_now),

@@ -264,7 +264,6 @@ func TestADatabaseWithoutTheFenceIsFoundOut(t *testing.T) {
 // other unseen they left an attempt accepted that no process knew of, under a
 // lease that the new process renewed for ever.
 func TestAnAcceptAndANewProcessDoNotPassEachOther(t *testing.T) {
-	t.Skip("they do: lorayard.accept reads the agent's row without a lock; FOR SHARE, taken before the job's row, mends it")
 	db := storetest.New(t)
 	user := db.User()
 	r := newReal(t, db, user, db.Dataset(user), 1)

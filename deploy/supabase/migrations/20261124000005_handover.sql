@@ -159,8 +159,8 @@ END $$;
 
 -- One renewal of an agent: its lease, the usage of its attempts, and what is
 -- wanted of it and of each of them. An attempt that does not come back is not
--- the agent's, and one that the agent does not list is lost. p_state: {draining}. The answer: {cordoned, drain_in (seconds),
--- dispatchers [address], attempts [{job, attempt, nonce, desired}]}.
+-- the agent's, and one that the agent does not list is lost. p_state:
+-- {draining}. The answer: {cordoned, drain_in (seconds), dispatchers [address], attempts [{job, attempt, nonce, desired}]}.
 DROP FUNCTION IF EXISTS lorayard.renew(text, uuid, interval, boolean, jsonb);
 CREATE OR REPLACE FUNCTION lorayard.renew(p_agent text, p_boot uuid, p_ttl interval, p_state jsonb, p_refs jsonb)
 RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
@@ -174,7 +174,7 @@ BEGIN
   -- A lease that a crash of the database forgets is waited out by the reaper:
   -- no need for every agent to wait for the disk once a second.
   PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-  SELECT a.draining INTO v_was FROM lorayard.agents a WHERE a.id = p_agent AND a.boot = p_boot FOR UPDATE;
+  SELECT a.draining INTO v_was FROM lorayard.agents a WHERE a.id = p_agent AND a.boot = p_boot FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     RAISE EXCEPTION 'agent % is run by another process now', p_agent USING ERRCODE = 'LY001';
   END IF;
@@ -209,12 +209,13 @@ BEGIN
     SELECT coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('job', m.job_id, 'attempt', m.attempt, 'nonce', m.nonce, 'desired', m.desired)), '[]')
     INTO v_attempts FROM mine m;
   END IF;
-  -- What this process accepted and does not list, it does not run: both answers
+  -- What this agent accepted and does not list, it does not run: both answers
   -- of its accept were lost, or its end could not be written. An accept under
-  -- way is younger than the grace.
+  -- way is younger than the grace, which ends with the time that the list was
+  -- made at: this transaction may have waited for locks since.
   FOR r IN SELECT j.job_id, j.attempt FROM lorayard.jobs j
            JOIN lorayard.attempts t ON t.job_id = j.job_id AND t.attempt = j.attempt
-           WHERE j.agent_id = p_agent AND j.state = 'accepted' AND t.boot = p_boot AND t.accepted_at < v_now - interval '10 seconds'
+           WHERE j.agent_id = p_agent AND j.state = 'accepted' AND t.accepted_at < pg_catalog.now() - interval '10 seconds'
              AND NOT EXISTS (SELECT 1 FROM pg_catalog.jsonb_to_recordset(p_refs) AS l(job uuid, attempt integer, nonce uuid)
                              WHERE l.job = j.job_id AND l.attempt = j.attempt AND l.nonce = j.nonce)
            ORDER BY j.job_id LOOP
@@ -237,12 +238,14 @@ DECLARE
   v_now timestamptz;
   v_doc jsonb;
 BEGIN
-  SELECT * INTO v_job FROM lorayard.jobs j WHERE j.job_id = p_job FOR UPDATE;
-  IF NOT FOUND OR v_job.attempt <> p_attempt OR v_job.agent_id IS DISTINCT FROM p_agent THEN
+  -- Held until the commit: a new process of this agent registers before, and
+  -- this one is refused, or after, and finds what was accepted.
+  PERFORM 1 FROM lorayard.agents a WHERE a.id = p_agent AND a.boot = p_boot FOR SHARE;
+  IF NOT FOUND THEN
     RETURN NULL;
   END IF;
-  PERFORM 1 FROM lorayard.agents a WHERE a.id = p_agent AND a.boot = p_boot;
-  IF NOT FOUND THEN
+  SELECT * INTO v_job FROM lorayard.jobs j WHERE j.job_id = p_job FOR UPDATE;
+  IF NOT FOUND OR v_job.attempt <> p_attempt OR v_job.agent_id IS DISTINCT FROM p_agent THEN
     RETURN NULL;
   END IF;
   IF v_job.state = 'assigned' THEN

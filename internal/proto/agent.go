@@ -26,12 +26,13 @@ const (
 
 // AfterAccept is what follows from the answer to an accept. Without an answer
 // the accept may have happened, and then nobody but us knows its nonce: an
-// agent that gave up here and went on renewing would hold the job for ever.
+// agent asks again. It may give up after that: a renewal that does not list the
+// attempt loses it.
 func (r Rules) AfterAccept(a Answer) Act {
 	switch {
 	case a.Kind == Done:
 		return Start
-	case a.Kind == Unknown && !r.GiveUpAccept:
+	case a.Kind == Unknown:
 		return AskAgain
 	}
 	return Forget
@@ -53,14 +54,14 @@ func (r Rules) AfterRenew(a Answer, asked bool) Act {
 		return Kill
 	case a.Desired == job.DesireCancel:
 		return End
-	case a.Desired == job.DesirePreempt, a.Desired == Pause:
+	case a.Desired == job.DesirePreempt, a.Desired == job.DesirePause:
 		return Save
 	}
 	return GoOn
 }
 
-// AfterSettle is what follows from the answer to a settlement. Nobody else can
-// end the attempt while its agent renews, so it asks until it knows.
+// AfterSettle is what follows from the answer to a settlement. What the attempt
+// did is lost with it, so it asks until it knows.
 func (r Rules) AfterSettle(a Answer) Act {
 	if (a.Kind == Unknown || a.Kind == Refused) && !r.GiveUpSettle {
 		return AskAgain
@@ -111,7 +112,7 @@ func (r Rules) Due(s State, late bool) []Verb {
 			return nil
 		}
 		return []Verb{SettleCancelled}
-	case j.Control == Queued && j.Desired != Pause:
+	case j.Control == Queued && j.Desired != job.DesirePause:
 		return []Verb{Assign}
 	case j.Control == Assigned:
 		var due []Verb

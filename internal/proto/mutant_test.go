@@ -17,6 +17,11 @@ func (m *model) only(fs ...fault) *model {
 	return m
 }
 
+func (m *model) netless() *model {
+	m.net = false
+	return m
+}
+
 func TestAProtocolWithoutAnyOneOfItsRulesIsCaught(t *testing.T) {
 	rules := reflect.TypeFor[proto.Rules]()
 	for i := range rules.NumField() {
@@ -24,6 +29,7 @@ func TestAProtocolWithoutAnyOneOfItsRulesIsCaught(t *testing.T) {
 			var r proto.Rules
 			reflect.ValueOf(&r).Elem().Field(i).SetBool(true)
 			for _, m := range []*model{
+				newModel(r, true, 1, 1, 2).netless(),
 				newModel(r, true, 1, 1, 2),
 				newModel(r, false, 1, 1, 2),
 				newModel(r, true, 1, 2, 2).only(silence, slowDecision),

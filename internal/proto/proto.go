@@ -79,10 +79,6 @@ type Job struct {
 	Settlements int // times that cost and final notification were written: 1 when settled
 }
 
-// Pause is the wish that a job's attempt saves and hands back, and that the job
-// then waits until somebody resumes it.
-const Pause job.Desired = "pause"
-
 // New is an admitted job.
 func New() Job { return Job{Status: job.Queued, Control: Queued, Desired: job.DesireRun} }
 
@@ -151,7 +147,7 @@ const (
 	Want            Verb = "want"             // dispatcher or operator: Desired (run resumes a paused job)
 	Cancel          Verb = "cancel"           // the app, blindly
 	Register        Verb = "register"         // agent: Agent, Boot, Instance; Attempt and Nonce of what it adopts of this job
-	Renew           Verb = "renew"            // agent: Agent, Boot, and Attempt and Nonce when it asks for this job
+	Renew           Verb = "renew"            // agent: Agent, Boot, and Attempt and Nonce when it asks for this job; Unlisted
 	Accept          Verb = "accept"           // agent: Agent, Boot, Attempt, Nonce
 	Append          Verb = "append"           // agent: Attempt, Nonce; a checkpoint is the same
 	Settle          Verb = "settle"           // agent: Attempt, Nonce, Outcome, Retryable, Counted
@@ -169,6 +165,7 @@ type Event struct {
 	Outcome   Outcome
 	Retryable bool // failed: another attempt may help
 	Counted   bool // the failure is the job's own
+	Unlisted  bool // renew: an attempt that it does not ask for was accepted so long ago that its accept is not under way
 }
 
 // Kind is what an answer says.
@@ -210,7 +207,7 @@ func (r Rules) apply(s *State, e Event) Answer {
 	cur, n := j.Current()
 	switch e.Do {
 	case Assign:
-		if !r.AssignBlindly && (j.Control != Queued || n != e.Attempt) || j.Desired == Pause || s.Agent.Lease != LeaseHeld {
+		if !r.AssignBlindly && (j.Control != Queued || n != e.Attempt) || j.Desired == job.DesirePause || s.Agent.Lease != LeaseHeld {
 			return Answer{Kind: Stale}
 		}
 		j.Control, j.Send = Assigned, 1
@@ -264,7 +261,12 @@ func (r Rules) apply(s *State, e Event) Answer {
 		}
 		s.Agent.Lease = LeaseHeld
 		if !r.held(*j, e) || cur.Agent != e.Agent {
-			return Answer{Kind: Done} // nothing is wanted of it: it is not the agent's
+			// Nothing is wanted of it: it is not the agent's. What the agent
+			// has accepted and does not run, it lost.
+			if e.Unlisted && j.Control == Accepted && cur.Agent == e.Agent && !r.KeepUnlisted {
+				return Answer{Kind: r.lose(j).Kind}
+			}
+			return Answer{Kind: Done}
 		}
 		if j.Status == job.Cancelled {
 			return Answer{Kind: Done, Desired: job.DesireCancel}
@@ -371,8 +373,8 @@ func (r Rules) settle(j *Job, e Event) Answer {
 func (j *Job) want(d job.Desired) Answer {
 	switch {
 	case d == job.DesirePreempt && j.Control == Accepted && j.Desired == job.DesireRun:
-	case d == Pause && j.Control != Settled:
-	case d == job.DesireRun && j.Control != Settled && j.Desired == Pause:
+	case d == job.DesirePause && j.Control != Settled:
+	case d == job.DesireRun && j.Control != Settled && j.Desired == job.DesirePause:
 	default:
 		return Answer{Kind: Stale}
 	}
@@ -405,7 +407,7 @@ func (r Rules) requeue(j *Job, counted, lost bool) Answer {
 		return Answer{Kind: Refused}
 	}
 	j.Status, j.Control, j.Send = job.Queued, Queued, 0
-	if j.Desired != Pause {
+	if j.Desired != job.DesirePause {
 		j.Desired = job.DesireRun
 	}
 	return Answer{Kind: Done, Status: j.Status}

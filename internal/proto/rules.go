@@ -20,6 +20,7 @@ type Rules struct {
 	LoseAnyAttempt      bool // the reaper does not compare the attempt
 	LoseBlindly         bool // the reaper does not look again whether the agent is silent
 	RequeueCancelled    bool // going back to the queue does not look for a cancel
+	KeepUnlisted        bool // a renewal does not lose what its agent does not run
 	RegisterKeepsAll    bool // a new process does not lose what it does not adopt
 	RegisterAnyInstance bool // a process on another host takes an id whose lease is held
 	// The dispatcher.
@@ -29,7 +30,6 @@ type Rules struct {
 	NeverSettleCancelled bool
 	SameTaskID           bool // the name of a message has no send in it
 	// The agent.
-	GiveUpAccept        bool // an accept without an answer is forgotten
 	GiveUpSettle        bool // a settlement without an answer is forgotten
 	IgnoreLost          bool // an attempt that a renewal does not answer for goes on
 	JudgeUnasked        bool // an attempt is judged by a renewal that did not name it

@@ -186,13 +186,16 @@ type model struct {
 	// is not followed any further.
 	attempts int
 	sends    int // told apart, one more than may be archived
+	// Renewals lose what their agent does not run, and so agents may give up an
+	// accept. It mends what other rules prevent: those are proven without it.
+	net bool
 
 	lateFromAnswer bool // a deadline from an answer lies beyond the lease
 	oneSlot        bool // sends of an attempt share a name
 }
 
 func newModel(r proto.Rules, strict bool, each uint8, total, attempts int) *model {
-	m := &model{rules: r, strict: strict, total: total, attempts: attempts, sends: int(each) + 1}
+	m := &model{rules: r, strict: strict, total: total, attempts: attempts, sends: int(each) + 1, net: true}
 	for f := range m.budget {
 		m.budget[f] = each
 	}
@@ -385,14 +388,14 @@ func (k *walker) dispatcher() {
 		k.add(s)
 	}
 	if k.may(preempt) && w.job.Control == proto.Accepted {
-		for _, d := range []job.Desired{job.DesirePreempt, proto.Pause} {
+		for _, d := range []job.Desired{job.DesirePreempt, job.DesirePause} {
 			next := w
 			if k.next(&next, a, proto.Event{Do: proto.Want, Desired: d}).Kind == proto.Done {
 				k.add(step{what: "want " + string(d), host: -1, fault: preempt, to: next})
 			}
 		}
 	}
-	if w.job.Desired == proto.Pause {
+	if w.job.Desired == job.DesirePause {
 		next := w
 		if k.next(&next, a, proto.Event{Do: proto.Want, Desired: job.DesireRun}).Kind == proto.Done {
 			k.add(step{what: "resume", host: -1, to: next})
@@ -617,6 +620,14 @@ func (k *walker) renew(h int) {
 	}
 	s.to = next
 	k.add(s)
+	if k.net && p.phase == idle && !p.unasked { // and has run nothing for a while
+		next := w
+		e := r.event(proto.Renew, h, p.boot)
+		e.Unlisted = true
+		if k.next(&next, a, e); next.job.Control != w.job.Control {
+			k.add(step{what: "renews without what it does not run", host: int8(h), patience: true, to: next})
+		}
+	}
 	if p.phase == idle && !p.unasked && k.may(lateRenewal) {
 		next := w
 		next.procs[h].unasked = true
@@ -687,12 +698,31 @@ func (k *walker) accept(h int) {
 	s.to = next
 	k.add(s)
 	if ans.Kind == proto.Done && k.may(loseAck) {
-		if k.rules.AfterAccept(proto.Answer{}) == proto.Forget {
-			lost.procs[h].trainer = ref{} // a mutant's, that began before
-			lost.procs[h].rest()
-		}
 		s.to, s.fault = lost, loseAck
 		k.add(s)
+		if !k.net {
+			return
+		}
+		// It gave up: the accept has happened, or happens yet.
+		s.what += ", gives up"
+		q := &lost.procs[h]
+		if q.trainer == p.ref { // a mutant's, that began before
+			q.trainer = ref{}
+		}
+		q.rest()
+		s.to = lost
+		k.add(s)
+		if p.ghost.do == idle {
+			late := w
+			q := &late.procs[h]
+			q.ghost = ghost{do: accepting, ref: p.ref, boot: p.boot}
+			if q.trainer == p.ref {
+				q.trainer = ref{}
+			}
+			q.rest()
+			s.to = late
+			k.add(s)
+		}
 	}
 }
 

@@ -149,6 +149,9 @@ func (r *real) do(ctx context.Context, e proto.Event) (proto.Answer, error) {
 		}
 		return ans, err
 	case proto.Renew:
+		if e.Unlisted { // whatever is accepted was accepted long ago
+			r.db.Exec(`UPDATE lorayard.attempts SET assigned_at = assigned_at - interval '1 minute', accepted_at = accepted_at - interval '1 minute', ended_at = ended_at - interval '1 minute' WHERE job_id = $1`, r.id)
+		}
 		wanted, err := st.Renew(ctx, r.agent(e.Agent, e.Boot), leaseForTests, store.AgentState{}, []job.Ref{r.ref(e)})
 		ans, err := done(true, err)
 		ans.Desired = wanted.Attempts[r.ref(e)]
@@ -430,7 +433,12 @@ func TestTheDatabaseDoesWhatTheProtocolSays(t *testing.T) {
 				d := rapid.SampledFrom([]job.Desired{job.DesirePreempt, job.DesirePause, job.DesireRun, job.DesireRun}).Draw(rt, "desired")
 				apply(proto.Event{Do: proto.Want, Desired: d, Attempt: at})
 			},
-			"renew":        speak(proto.Renew),
+			"renew": speak(proto.Renew),
+			"renew without it": func(rt *rapid.T) {
+				e := speaker(rt, proto.Renew)
+				e.Attempt, e.Nonce, e.Unlisted = 0, "", true
+				apply(e)
+			},
 			"accept":       speak(proto.Accept),
 			"accept again": speak(proto.Accept),
 			"append":       speak(proto.Append),

@@ -57,6 +57,7 @@ type Store interface {
 	SettleCancelled(ctx context.Context) ([]job.ID, error)
 	TakeBack(ctx context.Context, after time.Duration, gone []string) ([]job.Ref, error)
 	Reap(ctx context.Context, id string, lease, patience time.Duration) ([]job.Ref, error)
+	NextLapse(ctx context.Context, patience time.Duration) (time.Duration, error)
 	Resend(ctx context.Context, after time.Duration) ([]store.Send, error)
 	Depths(ctx context.Context) (map[string]int, error)
 }
@@ -94,7 +95,8 @@ type Dispatcher struct {
 	mu   sync.Mutex
 	gone map[string]string // agent → boot: its presence stream ended and did not come back
 
-	known known // what the leader remembers between rounds
+	known known     // what the leader remembers between rounds
+	lapse time.Time // when the next agent may be judged; zero: not before the next full round
 }
 
 // New puts a dispatcher together.
@@ -154,7 +156,7 @@ func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 	var full time.Time // when everything was last looked at
 	for ctx.Err() == nil {
 		start := time.Now()
-		everything := time.Since(full) >= d.Config.Poll
+		everything := !start.Before(d.nextFull(full))
 		if everything {
 			full = start
 		}
@@ -168,11 +170,21 @@ func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 			d.Metrics.Rounds.WithLabelValues("ok").Inc()
 		}
 		d.Metrics.RoundSecs.Observe(time.Since(start).Seconds())
-		d.pause(ctx, max(0, d.Config.Poll-time.Since(full)), d.wake)
+		d.pause(ctx, max(0, time.Until(d.nextFull(full))), d.wake)
 	}
 	depose(nil)
 	keeper.Wait()
 	d.Log.InfoContext(ctx, "no longer leading", "term", term, "err", context.Cause(ctx))
+}
+
+// nextFull is when everything is to be looked at again: Poll after the last
+// time, or as soon as a silent agent may be judged.
+func (d *Dispatcher) nextFull(last time.Time) time.Time {
+	next := last.Add(d.Config.Poll)
+	if d.lapse.After(last) && d.lapse.Before(next) {
+		return d.lapse
+	}
+	return next
 }
 
 // keepTerm renews the term until ctx ends, another dispatcher leads, or our
@@ -330,8 +342,18 @@ func (d *Dispatcher) reap(ctx context.Context) error {
 		d.Metrics.Reaped.Inc()
 		d.Log.WarnContext(ctx, "attempt lost with its agent", "job", ref.Job, "attempt", ref.Attempt)
 	}
-	return err
+	d.lapse = time.Time{}
+	asked := time.Now()
+	in, lapseErr := d.Store.NextLapse(ctx, d.Config.Patience)
+	if in > 0 {
+		d.lapse = asked.Add(in + lapseSlack)
+	}
+	return errors.Join(err, lapseErr)
 }
+
+// lapseSlack lets the database's clock be past the end of a lease when the
+// reaper asks: counted from before the question, it would be just short of it.
+const lapseSlack = 5 * time.Millisecond
 
 func (d *Dispatcher) resend(ctx context.Context) error {
 	sends, err := d.Store.Resend(ctx, d.Config.Resend)

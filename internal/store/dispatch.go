@@ -456,6 +456,21 @@ func (s *Store) Reap(ctx context.Context, id string, lease, patience time.Durati
 	return collectRefs(rows, "reap")
 }
 
+const nextLapse = `
+	SELECT coalesce(extract(epoch FROM min(a.lease_until) + $1::interval - clock_timestamp()), 0)::float8 FROM lorayard.agents a
+	WHERE a.lease_until > clock_timestamp() - $1::interval
+	  AND EXISTS (SELECT 1 FROM lorayard.jobs j WHERE j.agent_id = a.id AND j.state = 'accepted')`
+
+// NextLapse is how long it takes until the first of the agents that run
+// something may be judged, should it not renew; 0 when none runs anything.
+func (s *Store) NextLapse(ctx context.Context, patience time.Duration) (time.Duration, error) {
+	var seconds float64
+	if err := s.pool.QueryRow(ctx, nextLapse, patience).Scan(&seconds); err != nil {
+		return 0, fmt.Errorf("look for the next lapse: %w", err)
+	}
+	return time.Duration(seconds * float64(time.Second)), nil
+}
+
 const reportDeath = `SELECT lorayard.report_death($1, $2, $3, $4, $5, $6)`
 
 // ReportDeath gives back an attempt whose agent died, as its shim reports, and

@@ -229,6 +229,11 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 	if refs := reap(time.Hour); len(refs) != 0 {
 		t.Errorf("reaped within patience: %v", refs)
 	}
+	for patience, want := range map[time.Duration]time.Duration{time.Hour: 59 * time.Minute, time.Second: 0} { // b runs nothing
+		if in, err := db.Store.NextLapse(t.Context(), patience); err != nil || (in-want).Abs() > time.Minute || (in > 0) != (want > 0) {
+			t.Errorf("with a patience of %v somebody lapses in %v, %v", patience, in, err)
+		}
+	}
 	// The database stood still: the leader could not renew either.
 	db.Exec(`UPDATE lorayard.leader SET lease_until = now() - interval '1 s'`)
 	if refs := reap(0); len(refs) != 0 {

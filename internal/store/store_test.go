@@ -173,7 +173,8 @@ func TestAJobFromRowToArtifact(t *testing.T) {
 	}
 	end := store.End{Outcome: store.OutcomeCompleted, Artifact: &store.Artifact{
 		ID: nonce(77), Files: map[string]string{"adapter_config.json": user + "/" + nonce(77) + "/adapter_config.json"},
-		QualityMetrics: map[string]any{"overall_score": 4}, TrainingSummary: map[string]any{"total_steps": 30}, Metrics: map[string]any{},
+		QualityMetrics: map[string]any{"overall_score": 4}, Metrics: map[string]any{},
+		TrainingSummary: map[string]any{"total_steps": 30, "files": []job.File{{Name: "adapter_config.json", Bytes: 7, SHA256: strings.Repeat("c", 64)}}},
 	}}
 	for range 2 { // asking again after a lost answer
 		if status, err := db.Store.Settle(t.Context(), ref, end); err != nil || status != job.Completed {

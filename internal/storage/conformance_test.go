@@ -204,7 +204,7 @@ func conform(t *testing.T, e endpoint) {
 				t.Fatal(err)
 			}
 			to := filepath.Join(t.TempDir(), "back")
-			if o, err = e.keyless.DownloadSigned(ctx, signed, to, sum); err != nil || o.Key != key {
+			if o, err = e.keyless.DownloadSigned(ctx, signed, to, sum, nil); err != nil || o.Key != key {
 				t.Fatalf("downloaded %+v, %v", o, err)
 			}
 			same(t, name, to)

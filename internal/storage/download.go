@@ -30,35 +30,60 @@ func (c *Client) Download(ctx context.Context, bucket, key, localPath, wantSHA25
 	if err := c.needKey(about.Op, bucket, key); err != nil {
 		return Object{}, err
 	}
-	return c.download(ctx, about, "/object/authenticated/"+path(bucket, key), true, localPath, wantSHA256)
+	return c.download(ctx, about, download{at: "/object/authenticated/" + path(bucket, key), withKey: true}, localPath, wantSHA256)
 }
 
 // DownloadSigned is Download with a signed URL in place of the key. Only the
 // object and the token are taken from the URL: the host is always this client's
-// own, and no key is sent.
-func (c *Client) DownloadSigned(ctx context.Context, signedURL, localPath, wantSHA256 string) (Object, error) {
+// own, and no key is sent. When the store does not take the URL any more, renew
+// (optional) gives the next one for the same object.
+func (c *Client) DownloadSigned(ctx context.Context, signedURL, localPath, wantSHA256 string, renew func(context.Context) (string, error)) (Object, error) {
 	about := Error{Op: "download"}
+	at, err := signed(signedURL, &about)
+	if err != nil {
+		return Object{}, err
+	}
+	first := about
+	return c.download(ctx, about, download{at: at, renew: func(ctx context.Context) (string, error) {
+		if renew == nil {
+			return "", nil
+		}
+		next, err := renew(ctx)
+		if err != nil {
+			return "", err
+		}
+		about := Error{Op: "download"}
+		at, err := signed(next, &about)
+		if err == nil && about != first {
+			err = &Error{Op: "download", Err: errors.New("the next signed URL is of another object")}
+		}
+		return at, err
+	}}, localPath, wantSHA256)
+}
+
+// signed takes a signed URL apart: about gets the object, and at is where to
+// ask for it.
+func signed(signedURL string, about *Error) (at string, err error) {
 	const mark = "/object/sign/"
 	u, err := url.Parse(signedURL)
 	if err != nil {
 		about.Err = errors.New("the signed URL cannot be parsed")
-		return Object{}, &about
+		return "", about
 	}
 	_, name, _ := strings.Cut(u.Path, mark)
 	about.Bucket, about.Key, _ = strings.Cut(name, "/")
 	token := u.Query().Get("token")
 	if name == "" || token == "" {
 		about.Err = errors.New("this is not a signed URL")
-		return Object{}, &about
+		return "", about
 	}
 	if err := check(about.Op, about.Bucket, about.Key); err != nil {
-		return Object{}, err
+		return "", err
 	}
-	at := mark + path(about.Bucket, about.Key) + "?token=" + url.QueryEscape(token)
-	return c.download(ctx, about, at, false, localPath, wantSHA256)
+	return mark + path(about.Bucket, about.Key) + "?token=" + url.QueryEscape(token), nil
 }
 
-func (c *Client) download(ctx context.Context, about Error, at string, withKey bool, localPath, want string) (_ Object, err error) {
+func (c *Client) download(ctx context.Context, about Error, how download, localPath, want string) (_ Object, err error) {
 	defer func() {
 		var e *Error
 		if err != nil && !errors.As(err, &e) {
@@ -77,7 +102,7 @@ func (c *Client) download(ctx context.Context, about Error, at string, withKey b
 			_ = os.Remove(f.Name())
 		}
 	}()
-	d := &download{c: c, about: about, at: at, withKey: withKey, file: f, hash: sha256.New(), total: -1}
+	d := &download{c: c, about: about, at: how.at, withKey: how.withKey, renew: how.renew, file: f, hash: sha256.New(), total: -1}
 	if err := d.run(ctx); err != nil {
 		return Object{}, err
 	}
@@ -113,6 +138,7 @@ type download struct {
 	about   Error
 	at      string
 	withKey bool
+	renew   func(context.Context) (at string, err error) // nil with the key
 
 	file   *os.File
 	hash   hash.Hash
@@ -142,6 +168,17 @@ func (d *download) run(ctx context.Context) error {
 				return err
 			}
 			continue
+		}
+		if d.renew != nil && e != nil && denied(e) {
+			if at, renewErr := d.renew(ctx); renewErr != nil {
+				return renewErr
+			} else if at != "" {
+				d.at = at
+				if err := p.pause(ctx, e); err != nil {
+					return err
+				}
+				continue
+			}
 		}
 		if err := p.again(ctx, err); err != nil {
 			return err

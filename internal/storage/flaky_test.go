@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -139,7 +140,7 @@ func TestCutConnectionsDoNotHarmATransfer(t *testing.T) {
 			}
 			to := filepath.Join(t.TempDir(), "back")
 			if c.token {
-				got, err = client.DownloadSigned(t.Context(), signed, to, sum)
+				got, err = client.DownloadSigned(t.Context(), signed, to, sum, nil)
 			} else {
 				got, err = client.Download(t.Context(), e.bucket, "big", to, sum)
 			}
@@ -470,5 +471,96 @@ func TestLocalServerKeepsObjectsAcrossRestarts(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func TestATokenThatIsTooOldIsRenewedOnTheWay(t *testing.T) {
+	const size = 3*storage.ChunkBytes + 5
+	e := withBucket(t)
+	name, sum := file(t, size)
+	// The store refuses the token of the second part, and the first URL.
+	refuse := func(match func(*http.Response) bool) func(*http.Response) error {
+		return func(r *http.Response) error {
+			if match(r) {
+				r.StatusCode = http.StatusForbidden
+				r.Body = io.NopCloser(strings.NewReader(`{"statusCode":"403","error":"InvalidJWT","message":"\"exp\" claim timestamp check failed"}`))
+			}
+			return nil
+		}
+	}
+	m := startMeddler(t, e.url, refuse(once(func(r *http.Response) bool { return r.Request.Method == http.MethodPatch })))
+	client := open(t, storage.Config{URL: m.url, Backoff: time.Millisecond})
+	token := func(ctx context.Context) (string, error) { return e.client.SignUpload(ctx, e.bucket, "big") }
+	first, err := token(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	renewed := 0
+	o := storage.Options{Token: first, Renew: func(ctx context.Context) (string, error) { renewed++; return token(ctx) }}
+	if got, err := client.Upload(t.Context(), e.bucket, "big", name, o); err != nil || got.SHA256 != sum || renewed != 1 {
+		t.Fatalf("uploaded %+v, %v, with %d new tokens", got, err, renewed)
+	}
+
+	m = startMeddler(t, e.url, refuse(once(func(r *http.Response) bool { return r.Request.Method == http.MethodGet })))
+	client = open(t, storage.Config{URL: m.url, Backoff: time.Millisecond})
+	url := func(ctx context.Context) (string, error) {
+		return e.client.SignedURL(ctx, e.bucket, "big", time.Minute)
+	}
+	old, err := url(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := filepath.Join(t.TempDir(), "back")
+	if _, err := client.DownloadSigned(t.Context(), old, to, sum, nil); err == nil {
+		t.Error("a refused URL was as good as any")
+	}
+	m = startMeddler(t, e.url, refuse(once(func(r *http.Response) bool { return r.Request.Method == http.MethodGet })))
+	client = open(t, storage.Config{URL: m.url, Backoff: time.Millisecond})
+	if got, err := client.DownloadSigned(t.Context(), old, to, sum, url); err != nil || got.Bytes != size {
+		t.Fatalf("downloaded %+v, %v", got, err)
+	}
+	m = startMeddler(t, e.url, refuse(once(func(r *http.Response) bool { return r.Request.Method == http.MethodGet })))
+	client = open(t, storage.Config{URL: m.url, Backoff: time.Millisecond})
+	other := func(ctx context.Context) (string, error) {
+		return e.client.SignedURL(ctx, e.bucket, "other", time.Minute)
+	}
+	if _, err := e.client.Upload(t.Context(), e.bucket, "other", name, storage.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.DownloadSigned(t.Context(), old, to, sum, other); err == nil {
+		t.Error("a new URL of another object was taken")
+	}
+}
+
+func TestAnotherProcessGoesOnWithAnUpload(t *testing.T) {
+	const size = 4*storage.ChunkBytes + 5
+	e := withBucket(t)
+	name, sum := file(t, size)
+	note := filepath.Join(t.TempDir(), "note")
+	ctx, cancel := context.WithCancel(t.Context())
+	parts := atomic.Int64{}
+	m := startMeddler(t, e.url, func(r *http.Response) error {
+		if r.Request.Method == http.MethodPatch && parts.Add(1) == 2 {
+			cancel()
+		}
+		return nil
+	})
+	if _, err := open(t, storage.Config{URL: m.url, Key: e.key}).Upload(ctx, e.bucket, "big", name, storage.Options{Note: note}); err == nil {
+		t.Fatal("it was not interrupted")
+	}
+	m = startMeddler(t, e.url, func(*http.Response) error { return nil })
+	got, err := open(t, storage.Config{URL: m.url, Key: e.key}).Upload(t.Context(), e.bucket, "big", name, storage.Options{Note: note})
+	if err != nil || got.SHA256 != sum {
+		t.Fatalf("uploaded %+v, %v", got, err)
+	}
+	if m.count(http.MethodPost) != 0 || m.count(http.MethodPatch) != 3 {
+		t.Errorf("the second process did not go on where the first one stood: %v", m.seen)
+	}
+	if _, err := os.Stat(note); err == nil {
+		t.Error("the note is left")
+	}
+	to := filepath.Join(t.TempDir(), "back")
+	if _, err := e.client.Download(t.Context(), e.bucket, "big", to, sum); err != nil {
+		t.Error(err)
 	}
 }

@@ -127,7 +127,7 @@ func TestKeyIsInNoError(t *testing.T) {
 			}
 		}
 		const token = "the-token-of-a-signed-url"
-		_, err := c.DownloadSigned(t.Context(), s.URL+"/storage/v1/object/sign/b/k?token="+token, filepath.Join(t.TempDir(), "x"), "")
+		_, err := c.DownloadSigned(t.Context(), s.URL+"/storage/v1/object/sign/b/k?token="+token, filepath.Join(t.TempDir(), "x"), "", nil)
 		if name == "cut" && (err == nil || strings.Contains(err.Error(), token)) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -427,7 +427,7 @@ func TestSignedURLOfAnotherHostStaysHere(t *testing.T) {
 		t.Fatal(err)
 	}
 	elsewhere := strings.Replace(signed, e.url, "http://stranger.invalid", 1)
-	got, err := e.keyless.DownloadSigned(t.Context(), elsewhere, filepath.Join(t.TempDir(), "x"), o.SHA256)
+	got, err := e.keyless.DownloadSigned(t.Context(), elsewhere, filepath.Join(t.TempDir(), "x"), o.SHA256, nil)
 	if err != nil || got != o {
 		t.Errorf("%+v, %v", got, err)
 	}

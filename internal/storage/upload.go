@@ -43,14 +43,23 @@ type Options struct {
 	SHA256 string
 	// Token is a signed upload token. With it no key is sent.
 	Token string
+	// Renew (optional, with Token) returns a new token when the store does not
+	// take the one before any more.
+	Renew func(ctx context.Context) (string, error)
+	// Look (optional, with Token) says what the store knows of the object, for
+	// a client without a key; an error of IsNotFound when it is not there.
+	Look func(ctx context.Context) (Info, error)
+	// Note (optional) is a file that remembers where a resumable upload goes
+	// on, for another process. It is removed when the upload is done or given up.
+	Note string
 }
 
 // Upload stores the file at localPath under key and never overwrites: see
 // IsExists. A key that already holds the same bytes, by size and digest, is a
 // success, so an upload may be repeated. Up to ChunkBytes go in one request,
 // more in parts of that size, which go on where they were cut. Memory is
-// bounded by one part. A client without a key cannot compare: it gets the
-// error, and who holds the key looks with Info.
+// bounded by one part. A client without a key compares by Options.Look, or gets
+// the error.
 func (c *Client) Upload(ctx context.Context, bucket, key, localPath string, o Options) (Object, error) {
 	about := Error{Op: "upload", Bucket: bucket, Key: key}
 	if err := check(about.Op, bucket, key); err != nil {
@@ -115,6 +124,22 @@ func (c *Client) upload(ctx context.Context, about Error, localPath string, o Op
 	return obj, t.run(ctx)
 }
 
+// Digest is the size and the SHA-256 of a local file.
+func Digest(ctx context.Context, path string) (obj Object, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return obj, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return obj, err
+	}
+	obj.Bytes = fi.Size()
+	obj.SHA256, err = digest(ctx, f)
+	return obj, err
+}
+
 func digest(ctx context.Context, f *os.File) (string, error) {
 	h := sha256.New()
 	if _, err := io.CopyBuffer(h, struct{ io.Reader }{ctxReader{ctx, f}}, make([]byte, 1<<20)); err != nil {
@@ -166,7 +191,7 @@ func (c *Client) uploadWhole(ctx context.Context, about Error, obj Object, f *os
 			return obj, nil
 		}
 		if IsExists(err) {
-			return obj, c.ours(ctx, obj, err)
+			return obj, c.ours(ctx, obj, o, err)
 		}
 		if err := p.again(ctx, err); err != nil {
 			return Object{}, err
@@ -263,11 +288,11 @@ func (r *payloadReader) Close() error {
 }
 
 // ours turns "already exists" into a success when the object holds our bytes.
-func (c *Client) ours(ctx context.Context, obj Object, exists error) error {
-	if c.key == "" {
+func (c *Client) ours(ctx context.Context, obj Object, o Options, exists error) error {
+	if c.key == "" && o.Look == nil {
 		return exists
 	}
-	i, err := c.Info(ctx, obj.Bucket, obj.Key)
+	i, err := c.look(ctx, obj, o)
 	if err != nil {
 		if IsNotFound(err) {
 			return exists
@@ -278,6 +303,13 @@ func (c *Client) ours(ctx context.Context, obj Object, exists error) error {
 		return exists
 	}
 	return nil
+}
+
+func (c *Client) look(ctx context.Context, obj Object, o Options) (Info, error) {
+	if c.key == "" {
+		return o.Look(ctx)
+	}
+	return c.Info(ctx, obj.Bucket, obj.Key)
 }
 
 // resumable is one upload by the TUS protocol.
@@ -305,11 +337,14 @@ type resumable struct {
 	sure     bool   // offset is the store's last word
 	best     int64  // the largest offset since the upload was created
 	restarts int
+	resumed  bool   // an earlier process created it
 	failure  *Error // the last one
 	done     bool
 }
 
 func (t *resumable) run(ctx context.Context) error {
+	t.location = t.noted()
+	t.resumed = t.location != ""
 	for p := t.c.pacer(); !t.done; {
 		err := t.step(ctx)
 		if t.offset > t.best {
@@ -324,7 +359,50 @@ func (t *resumable) run(ctx context.Context) error {
 			return err
 		}
 	}
+	t.note("")
 	return nil
+}
+
+// noted is where an earlier process of the same upload left off, if it noted it.
+func (t *resumable) noted() string {
+	if t.o.Note == "" {
+		return ""
+	}
+	raw, err := os.ReadFile(t.o.Note)
+	if err != nil {
+		return ""
+	}
+	var n note
+	if json.Unmarshal(raw, &n) != nil || n.Object != t.obj {
+		return ""
+	}
+	at, err := t.locate(n.Location)
+	if err != nil {
+		return ""
+	}
+	return at
+}
+
+// note writes down where the upload goes on; empty: nowhere. Without the note
+// another process begins anew, so that it is not there is no error.
+func (t *resumable) note(location string) {
+	if t.o.Note == "" {
+		return
+	}
+	if location == "" {
+		_ = os.Remove(t.o.Note)
+		return
+	}
+	raw, err := json.Marshal(note{Object: t.obj, Location: location})
+	if err == nil {
+		_ = os.WriteFile(t.o.Note, raw, 0o600)
+	}
+}
+
+// note is what a file of Options.Note holds.
+type note struct {
+	Object   Object
+	Location string
 }
 
 // step makes the one request that is due.
@@ -348,7 +426,7 @@ func (t *resumable) recover(ctx context.Context, p *pacer, err error) error {
 	t.sure, t.failure = false, e
 	switch located := t.location != ""; {
 	case IsExists(e):
-		if err := t.c.ours(ctx, t.obj, e); err != nil {
+		if err := t.c.ours(ctx, t.obj, t.o, e); err != nil {
 			return err
 		}
 		t.done = true
@@ -361,8 +439,21 @@ func (t *resumable) recover(ctx context.Context, p *pacer, err error) error {
 		// The store has another offset: a part that was cut may still be on its
 		// way to the disk.
 		return p.pause(ctx, e)
+	case t.o.Token != "" && t.o.Renew != nil && denied(e):
+		if err := p.pause(ctx, e); err != nil {
+			return err
+		}
+		token, err := t.o.Renew(ctx)
+		t.o.Token = token
+		return err
 	}
 	return p.again(ctx, e)
+}
+
+// denied says whether the store may have refused a token for its age. It names
+// that in many ways.
+func denied(e *Error) bool {
+	return e.Status == http.StatusBadRequest || e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden
 }
 
 func (t *resumable) restart(ctx context.Context, p *pacer) error {
@@ -370,6 +461,7 @@ func (t *resumable) restart(ctx context.Context, p *pacer) error {
 		return t.failure
 	}
 	t.location, t.offset, t.best, t.sure = "", 0, 0, false
+	t.note("")
 	return p.pause(ctx, t.failure)
 }
 
@@ -399,6 +491,7 @@ func (t *resumable) create(ctx context.Context) error {
 	if t.location, err = t.locate(resp.Header.Get("Location")); err != nil {
 		return err
 	}
+	t.note(t.location)
 	t.offset, t.best, t.sure = 0, 0, true
 	t.done = t.obj.Bytes == 0
 	return nil
@@ -456,7 +549,7 @@ func (t *resumable) ask(ctx context.Context) error {
 // confirm is called when the store has every byte but its last answer was not
 // a success. It is done if the object is there, otherwise it begins anew.
 func (t *resumable) confirm(ctx context.Context) error {
-	if t.c.key == "" {
+	if t.c.key == "" && t.o.Look == nil {
 		// Without a key only the cause tells: an answer that was lost on the
 		// way does not undo the upload, an error of the store may have.
 		if t.done = t.failure == nil || t.failure.Status == 0; t.done {
@@ -464,7 +557,7 @@ func (t *resumable) confirm(ctx context.Context) error {
 		}
 		return t.notThere()
 	}
-	i, err := t.c.Info(ctx, t.obj.Bucket, t.obj.Key)
+	i, err := t.c.look(ctx, t.obj, t.o)
 	switch {
 	case IsNotFound(err):
 		return t.notThere()
@@ -521,6 +614,11 @@ func (t *resumable) part(ctx context.Context) error {
 // take reads the offset of an answer.
 func (t *resumable) take(resp *http.Response) error {
 	n, err := strconv.ParseInt(resp.Header.Get("Upload-Offset"), 10, 64)
+	if err == nil && t.resumed && n > t.hashed && n <= t.obj.Bytes {
+		if err := t.catchUp(n); err != nil {
+			return err
+		}
+	}
 	if err != nil || n < 0 || n > t.hashed { // never more than was read here
 		e := t.about
 		e.transient, e.Err = true, errors.New("the store named no usable offset")
@@ -528,6 +626,16 @@ func (t *resumable) take(resp *http.Response) error {
 	}
 	t.offset, t.sure = n, true
 	return nil
+}
+
+// catchUp reads what an earlier process has sent, for the digest.
+func (t *resumable) catchUp(n int64) error {
+	got, err := io.Copy(t.hash, io.NewSectionReader(t.file, t.hashed, n-t.hashed))
+	t.hashed += got
+	if err == nil && t.hashed < n {
+		err = errChanged
+	}
+	return err
 }
 
 // read fills the buffer from the offset and brings the digest up to date. The
@@ -579,9 +687,10 @@ func (t *resumable) request(ctx context.Context, method, at string) (*http.Reque
 // store's disk; when the network is away there is nobody to tell.
 func (t *resumable) abandon(ctx context.Context, why error) {
 	var e *Error
-	if t.location == "" || errors.As(why, &e) && e.transient {
-		return
+	if t.location == "" || errors.As(why, &e) && e.transient || ctx.Err() != nil && t.o.Note != "" {
+		return // somebody may go on
 	}
+	t.note("")
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tidyTimeout)
 	defer cancel()
 	req, g, err := t.request(ctx, http.MethodDelete, t.location)

@@ -81,8 +81,7 @@ type settings struct {
 	ID          string        `flag:"id" env:"AGENT_ID" example:"gpu-host-1" help:"name of this agent, one per host; empty: the host name"`
 	DatabaseURL config.Secret `flag:"database-url" env:"DATABASE_URL" required:"true" example:"postgres://gpu_host_1:password@host:5432/postgres" help:"the app's Postgres, as a login in role lorayard_agent"`
 	RedisURL    config.Secret `flag:"redis-url" env:"REDIS_URL" required:"true" example:"redis://:password@host:6379/0" help:"Redis that carries the hand-over"`
-	SupabaseURL string        `flag:"supabase-url" env:"SUPABASE_URL" required:"true" example:"https://ref.supabase.co" help:"the Supabase project, for Storage"`
-	SupabaseKey config.Secret `flag:"supabase-key" env:"SUPABASE_SECRET_KEY" required:"true" example:"sb_secret_..." help:"secret key for Storage; the trainer never sees it"`
+	SupabaseURL string        `flag:"supabase-url" env:"SUPABASE_URL" required:"true" example:"https://ref.supabase.co" help:"the Supabase project, for Storage; an agent holds no key of it"`
 	DataDir     string        `flag:"data-dir" env:"DATA_DIR" default:"/var/lib/lorayard" help:"run directories, spools and cached data sets"`
 	ModelsDir   string        `flag:"models-dir" env:"MODELS_DIR" default:"/var/lib/lorayard/models" help:"base models, each in <dir>/<name> with config.json and safetensors"`
 	Python      string        `flag:"trainer-python" env:"TRAINER_PYTHON" required:"true" example:"/opt/lorayard/venv/bin/python" help:"absolute path of the trainer environment's interpreter"`
@@ -181,7 +180,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		return err
 	}
 	defer st.Close()
-	bucket, err := storage.Open(storage.Config{URL: s.SupabaseURL, Key: s.SupabaseKey.Reveal()})
+	bucket, err := storage.Open(storage.Config{URL: s.SupabaseURL})
 	if err != nil {
 		return err
 	}

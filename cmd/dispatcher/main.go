@@ -17,10 +17,12 @@ import (
 	"lorayard/internal/config"
 	"lorayard/internal/daemon"
 	"lorayard/internal/dispatch"
+	"lorayard/internal/grant"
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 	"lorayard/internal/place"
 	"lorayard/internal/queue"
+	"lorayard/internal/storage"
 	"lorayard/internal/store"
 )
 
@@ -61,6 +63,8 @@ Usage: dispatcher <verb> [flags]
 type settings struct {
 	DatabaseURL config.Secret `flag:"database-url" env:"DATABASE_URL" required:"true" example:"postgres://user:password@host:5432/postgres" help:"the app's Postgres; a session connection (port 5432), not a transaction pooler"`
 	RedisURL    config.Secret `flag:"redis-url" env:"REDIS_URL" required:"true" example:"redis://:password@host:6379/0" help:"Redis that carries the hand-over; appendonly yes, maxmemory-policy noeviction"`
+	SupabaseURL string        `flag:"supabase-url" env:"SUPABASE_URL" required:"true" example:"https://ref.supabase.co" help:"the Supabase project, for Storage"`
+	SupabaseKey config.Secret `flag:"supabase-key" env:"SUPABASE_SECRET_KEY" required:"true" example:"sb_secret_..." help:"its secret key; with it dispatchers sign what agents may touch, one object at a time"`
 	BaseModels  []string      `flag:"base-models" env:"BASE_MODELS" required:"true" example:"meta-llama/Llama-3.1-8B-Instruct" help:"base models that jobs may name; the first is the default"`
 	MaxGPUs     int           `flag:"max-gpus" env:"MAX_GPUS" default:"8" help:"the most GPUs that one job may ask for"`
 	OpsAddr     string        `flag:"ops-addr" env:"OPS_ADDR" default:"127.0.0.1:9090" help:"address of /metrics, /healthz and /readyz"`
@@ -163,6 +167,12 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		log.WarnContext(ctx, "Redis is not there yet; attempts are sent when it is", "err", err)
 	}
 	m := metrics.NewDispatcher()
+	bucket, err := storage.Open(storage.Config{URL: s.SupabaseURL, Key: s.SupabaseKey.Reveal()})
+	if err != nil {
+		return err
+	}
+	defer bucket.Close()
+	minter := &grant.Minter{Store: st, Storage: bucket, Metrics: m, Log: log}
 	hostname, err := os.Hostname()
 	if err != nil {
 		return fmt.Errorf("read the host name: %w", err)
@@ -184,6 +194,7 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 	if streams != nil {
 		made.Push = streams.Push
 	}
+	made.Grants = minter.Wake
 	d := dispatch.New(made)
 	if streams != nil {
 		streams.Verify, streams.Died = verify(st), died(st, log)
@@ -195,7 +206,7 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		return st.Ping(ctx)
 	}
 	log.InfoContext(ctx, "dispatcher starts", "version", version, "base_models", s.BaseModels, "presence", self.Address)
-	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run})...)
+	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run}, daemon.Part{Name: "grants", Run: minter.Run})...)
 	return daemon.Run(ctx, log, parts...)
 }
 

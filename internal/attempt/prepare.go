@@ -96,7 +96,7 @@ func (x *run) checkDisk() error {
 // held the last time is remembered by the version that Storage gives.
 func (x *run) dataset(ctx context.Context) (path, digest string, err error) {
 	d := x.as.Dataset
-	info, err := x.Storage.Info(ctx, d.Bucket, d.Path)
+	info, err := x.look(ctx, d.Bucket, d.Path, 0)
 	if err != nil {
 		return "", "", x.fetchFailure(ctx, fmt.Errorf("look at data set %s: %w", d.ID, err))
 	}
@@ -115,7 +115,7 @@ func (x *run) dataset(ctx context.Context) (path, digest string, err error) {
 		}
 	}
 	part := filepath.Join(x.dir, "data.part")
-	obj, err := x.Storage.Download(ctx, d.Bucket, d.Path, part, info.SHA256)
+	obj, err := x.download(ctx, info, d.Bucket, d.Path, part, info.SHA256)
 	if err != nil {
 		return "", "", x.fetchFailure(ctx, fmt.Errorf("fetch data set %s: %w", d.ID, err))
 	}
@@ -175,7 +175,12 @@ func (x *run) fetchCheckpoint(ctx context.Context, c job.Checkpoint, dir string)
 		if !fs.ValidPath(f.Name) {
 			return fmt.Errorf("checkpoint of step %d has a file named %q", c.Step, f.Name)
 		}
-		if _, err := x.Storage.Download(ctx, c.Bucket, c.Path+"/"+f.Name, filepath.Join(dir, f.Name), f.SHA256); err != nil {
+		key := c.Path + "/" + f.Name
+		g, err := x.look(ctx, c.Bucket, key, 0)
+		if err == nil {
+			_, err = x.download(ctx, g, c.Bucket, key, filepath.Join(dir, f.Name), f.SHA256)
+		}
+		if err != nil {
 			return fmt.Errorf("fetch the checkpoint of step %d: %w", c.Step, err)
 		}
 	}

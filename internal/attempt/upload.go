@@ -15,7 +15,6 @@ import (
 
 	"lorayard/internal/job"
 	"lorayard/internal/ship"
-	"lorayard/internal/storage"
 	"lorayard/internal/wire"
 )
 
@@ -34,7 +33,7 @@ func (x *run) put(ctx context.Context, dir, folder string, files []wire.File) ([
 			if !fs.ValidPath(f.Name) {
 				return fmt.Errorf("the trainer named a file %q", f.Name)
 			}
-			obj, err := x.Storage.Upload(ctx, artifactBucket, folder+"/"+f.Name, filepath.Join(dir, f.Name), storage.Options{ContentType: contentType(f.Name)})
+			obj, err := x.send(ctx, artifactBucket, folder+"/"+f.Name, filepath.Join(dir, f.Name), f.SHA256)
 			if err != nil {
 				return fmt.Errorf("upload %s: %w", f.Name, err)
 			}

@@ -234,6 +234,7 @@ func (s *Stack) Dispatcher(ctx context.Context, name string, settings ...string)
 	}
 	env := append([]string{
 		"DATABASE_URL=" + s.DatabaseURL, "REDIS_URL=" + s.RedisURL, "BASE_MODELS=" + strings.Join(s.BaseModels, ","),
+		"SUPABASE_URL=" + s.SupabaseURL, "SUPABASE_SECRET_KEY=" + s.SupabaseKey,
 		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops), "PRESENCE=tcp://127.0.0.1:0",
 	}, append(s.Settings, settings...)...)
 	return s.process(ctx, name, filepath.Join(s.Bin, "dispatcher"), "serve", env, ops)
@@ -248,7 +249,7 @@ func (s *Stack) Agent(ctx context.Context, id string, settings ...string) (*Proc
 	}
 	env := append([]string{
 		"AGENT_ID=" + id, "DATABASE_URL=" + s.agentURL, "REDIS_URL=" + s.RedisURL, "SUPABASE_URL=" + s.SupabaseURL,
-		"SUPABASE_SECRET_KEY=" + s.SupabaseKey, "DATA_DIR=" + filepath.Join(s.Dir, id), "MODELS_DIR=" + s.Models(),
+		"DATA_DIR=" + filepath.Join(s.Dir, id), "MODELS_DIR=" + s.Models(),
 		"TRAINER_PYTHON=" + s.Python, "TRAINER_DIR=" + s.TrainerDir, "PRETEND_GPUS=" + strconv.Itoa(s.GPUs),
 		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops),
 	}, append(s.Settings, settings...)...)

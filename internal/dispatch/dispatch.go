@@ -78,6 +78,8 @@ type Parts struct {
 	// Push tells an agent over its presence stream to look what is wanted of
 	// it; nil tells nobody.
 	Push func(agent string) bool
+	// Grants hears that an agent asks for access to Storage; nil hears nothing.
+	Grants func()
 	// Jitter turns a pause into the one that is made; nil leaves it. The
 	// simulation gives every pause a moment of its own.
 	Jitter func(time.Duration) time.Duration
@@ -221,7 +223,7 @@ func (d *Dispatcher) listen(ctx context.Context) {
 	}
 }
 
-// heed takes one notification: job, settled, cancelled, agent, look or leader,
+// heed takes one notification: job, settled, cancelled, agent, look, leader or grants,
 // and what it is about.
 func (d *Dispatcher) heed(payload string) {
 	what, id, _ := strings.Cut(payload, ":")
@@ -233,6 +235,11 @@ func (d *Dispatcher) heed(payload string) {
 		d.stale.Store(true) // a drain is such a wish
 	case "leader":
 		poke(d.vacant)
+		return
+	case "grants":
+		if d.Grants != nil {
+			d.Grants()
+		}
 		return
 	case "cancelled":
 		d.cancelled.Store(true)

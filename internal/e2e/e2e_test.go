@@ -472,14 +472,22 @@ func TestNoSecretLeaves(t *testing.T) {
 	secrets := []string{s.SupabaseKey, password(s.DatabaseURL), password(s.RedisURL)}
 	environs, err := filepath.Glob("/proc/[0-9]*/environ")
 	s.must(err)
-	looked := 0
+	looked, agents := 0, 0
 	for _, path := range environs {
 		cmdline, err := os.ReadFile(filepath.Join(filepath.Dir(path), "cmdline"))
-		if err != nil || !strings.Contains(string(cmdline), id) {
+		ours := strings.HasPrefix(string(cmdline), filepath.Join(bin, "agent"))
+		if err != nil || !ours && !strings.Contains(string(cmdline), id) {
 			continue
 		}
 		raw, err := os.ReadFile(path)
 		if err != nil {
+			continue
+		}
+		if ours { // it has its own logins, and no key of Storage
+			agents++
+			if strings.Contains(string(raw), s.SupabaseKey) {
+				t.Errorf("the Storage key is in the environment of an agent")
+			}
 			continue
 		}
 		looked++
@@ -489,8 +497,8 @@ func TestNoSecretLeaves(t *testing.T) {
 			}
 		}
 	}
-	if looked == 0 {
-		t.Error("no trainer was looked at")
+	if looked == 0 || agents == 0 {
+		t.Errorf("%d processes of a trainer and %d agents were looked at", looked, agents)
 	}
 	s.status(id, "completed")
 	logs, err := filepath.Glob(filepath.Join(s.Dir, "*.log"))

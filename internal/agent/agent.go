@@ -74,6 +74,9 @@ type Parts struct {
 	// Jitter turns a pause into the one that is made; nil leaves it. The
 	// simulation gives every pause a moment of its own.
 	Jitter func(time.Duration) time.Duration
+	// Clock is what deadlines of trainers are told by; nil: one that a suspended
+	// host does not stop. The simulation brings its own.
+	Clock func() time.Duration
 }
 
 // Agent is one host.
@@ -388,7 +391,7 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 // begin runs an attempt in a goroutine that the agent waits for.
 func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.Context, *attempt.Live) error) *attempt.Live {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	live := &attempt.Live{}
+	live := &attempt.Live{Clock: a.Clock}
 	live.Extend(a.Config.OutOfTouch)
 	live.Free = func() { a.Ledger.Release(res) }
 	a.mu.Lock()

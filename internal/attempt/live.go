@@ -15,17 +15,34 @@ type Live struct {
 	// settled: whoever hears of the settlement may send the next attempt for
 	// the same devices. nil does nothing.
 	Free func()
+	// Clock is what time is told by; nil: proc.Boottime, which a suspended host
+	// does not stop. The simulation brings its own.
+	Clock func() time.Duration
 
 	mu    sync.Mutex
-	until time.Duration // on the clock of proc.Boottime, which a suspended host does not stop
-	child interface{ Extend(time.Duration) error }
+	until time.Duration // on the clock
+	child Child
+}
+
+// Child is a trainer with a deadline; *trainer.Run is one, the simulation
+// brings another.
+type Child interface {
+	// Extend gives it so much time from now.
+	Extend(time.Duration) error
+}
+
+func (l *Live) now() time.Duration {
+	if l.Clock != nil {
+		return l.Clock()
+	}
+	return proc.Boottime()
 }
 
 // Extend gives the trainer so much time from now.
 func (l *Live) Extend(d time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.until = max(l.until, proc.Boottime()+d)
+	l.until = max(l.until, l.now()+d)
 	if l.child != nil {
 		// A shim that does not listen any more ends by itself.
 		_ = l.child.Extend(d)
@@ -36,16 +53,17 @@ func (l *Live) Extend(d time.Duration) {
 func (l *Live) left() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.until - proc.Boottime()
+	return l.until - l.now()
 }
 
-// attach passes every later extension on to child; nil ends that.
-func (l *Live) attach(child interface{ Extend(time.Duration) error }) {
+// Attach gives child what is left of the time, and passes every later extension
+// on to it; nil ends that.
+func (l *Live) Attach(child Child) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.child = child
 	if child != nil {
-		_ = child.Extend(l.until - proc.Boottime())
+		_ = child.Extend(l.until - l.now())
 	}
 }
 

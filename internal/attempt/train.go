@@ -54,8 +54,8 @@ func (x *run) adopt(ctx context.Context, after uint64) (*wire.Event, error) {
 // follow hears the trainer to its end and returns its result event. Checkpoints
 // go to Storage while it trains.
 func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, error) {
-	x.live.attach(child)
-	defer x.live.attach(nil)
+	x.live.Attach(child)
+	defer x.live.Attach(nil)
 	var result *wire.Event
 	saved := newLatest()
 	ended := make(chan struct{})

@@ -34,6 +34,7 @@ var uses = map[string]string{
 	// The dispatcher's.
 	"dispatch": "job metrics place queue store", // presence is joined to it in cmd
 	"grant":    "metrics storage store",
+	"retain":   "metrics storage store",
 	// Support, never linked into a shipped binary.
 	"storage/local":     "",
 	"devstack/services": "",
@@ -123,7 +124,7 @@ func TestBinariesCarryOnlyTheirHalf(t *testing.T) {
 	support := []string{"lorayard/internal/devstack", "lorayard/internal/storetest", "lorayard/internal/fleet", "lorayard/internal/storage/local", "lorayard/internal/queue/queuebench", "github.com/alicebob/miniredis"}
 	for bin, bad := range map[string][]string{
 		"lorayard/cmd/dispatcher": {"lorayard/internal/gpu", "lorayard/internal/trainer", "lorayard/internal/attempt", "github.com/NVIDIA/go-nvml"},
-		"lorayard/cmd/agent":      {"lorayard/internal/api", "lorayard/internal/dispatch", "lorayard/internal/grant", "lorayard/internal/place", "lorayard/deploy"},
+		"lorayard/cmd/agent":      {"lorayard/internal/api", "lorayard/internal/dispatch", "lorayard/internal/grant", "lorayard/internal/retain", "lorayard/internal/place", "lorayard/deploy"},
 	} {
 		for _, p := range list(t, nil, "-deps", bin) {
 			for _, b := range append(bad, support...) {

@@ -22,6 +22,7 @@ import (
 	"lorayard/internal/metrics"
 	"lorayard/internal/place"
 	"lorayard/internal/queue"
+	"lorayard/internal/retain"
 	"lorayard/internal/storage"
 	"lorayard/internal/store"
 )
@@ -83,6 +84,9 @@ type settings struct {
 	UserGPUs    int           `flag:"user-gpus" env:"USER_GPUS" default:"0" help:"GPUs at once of a user without a row in lorayard.quotas; 0: no limit"`
 	UserQueued  int           `flag:"user-queued" env:"USER_QUEUED" default:"0" help:"jobs of such a user that take part in the queue at once; 0: no limit"`
 	Patience    time.Duration `flag:"patience" env:"PATIENCE" default:"30s" help:"how long beyond its lease a silent agent keeps its attempts"`
+	Checkpoints int           `flag:"keep-checkpoints" env:"KEEP_CHECKPOINTS" default:"3" help:"newest checkpoints of a job that stay in Storage, beside its best one"`
+	Settled     time.Duration `flag:"keep-settled" env:"KEEP_SETTLED" default:"168h" help:"how long the checkpoints of a settled job stay"`
+	Zombie      time.Duration `flag:"sweep-after" env:"SWEEP_AFTER" default:"1h" help:"what an ended attempt left in Storage is removed after; longer than the agents' OUT_OF_TOUCH"`
 	LogLevel    string        `flag:"log-level" env:"LOG_LEVEL" default:"info" help:"debug, info, warn or error"`
 	LogFormat   string        `flag:"log-format" env:"LOG_FORMAT" default:"auto" help:"text, json, or auto: text on a terminal"`
 }
@@ -172,6 +176,9 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		return err
 	}
 	defer bucket.Close()
+	keeper := &retain.Keeper{Store: st, Storage: bucket, Metrics: m, Log: log, Config: retain.Config{
+		Checkpoints: max(1, s.Checkpoints), Settled: s.Settled, Zombie: s.Zombie, Every: 10 * time.Minute,
+	}}
 	minter := &grant.Minter{Store: st, Storage: bucket, Metrics: m, Log: log}
 	hostname, err := os.Hostname()
 	if err != nil {
@@ -206,7 +213,7 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		return st.Ping(ctx)
 	}
 	log.InfoContext(ctx, "dispatcher starts", "version", version, "base_models", s.BaseModels, "presence", self.Address)
-	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run}, daemon.Part{Name: "grants", Run: minter.Run})...)
+	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run}, daemon.Part{Name: "grants", Run: minter.Run}, daemon.Part{Name: "retention", Run: keeper.Run})...)
 	return daemon.Run(ctx, log, parts...)
 }
 

@@ -41,6 +41,7 @@ type Dispatcher struct {
 	Preempted   prometheus.Counter
 	Sends       *prometheus.CounterVec // result: ok, error
 	Grants      *prometheus.CounterVec // result: granted, refused, error
+	Removed     prometheus.Counter     // objects of Storage that nobody needed
 	TakenBack   prometheus.Counter
 	Reaped      prometheus.Counter
 	Jobs        *prometheus.GaugeVec // state: queued, assigned, accepted
@@ -79,6 +80,7 @@ func NewDispatcher() *Dispatcher {
 	m.Preempted = counter(m.reg, "lorayard_dispatcher_preemptions_total", "Attempts asked to make room for a job of higher priority.")
 	m.Sends = counterVec(m.reg, "lorayard_dispatcher_sends_total", "Tasks sent to agents, by result.", "result")
 	m.Grants = counterVec(m.reg, "lorayard_dispatcher_grants_total", "Signed URLs and upload tokens for agents, by result.", "result")
+	m.Removed = counter(m.reg, "lorayard_dispatcher_objects_removed_total", "Objects removed from Storage because nobody needed them.")
 	m.TakenBack = counter(m.reg, "lorayard_dispatcher_taken_back_total", "Assignments that no agent accepted in time.")
 	m.Reaped = counter(m.reg, "lorayard_dispatcher_reaped_total", "Attempts lost with their agent.")
 	m.Jobs = gaugeVec(m.reg, "lorayard_dispatcher_jobs", "Jobs that are not settled, by control state.", "state")

@@ -43,12 +43,14 @@ var uses = map[string]string{
 	"storetest":         "devstack/services store",
 	"fleet":             "agent attempt dispatch gpu job metrics place queue store",
 	"queue/queuebench":  "job queue",
+	// Measures the whole; only joins what others made.
+	"cmd/bench": "daemon devstack devstack/services dispatch fleet job queue/queuebench store storetest",
 }
 
 // owner names the rooms that may import an outside thing; support rooms are
 // listed where they stand in for the outside.
 var owner = map[string]string{
-	"github.com/jackc/pgx":                     "store storetest devstack devstack/services cmd/devstack",
+	"github.com/jackc/pgx":                     "store storetest devstack devstack/services cmd/devstack cmd/bench",
 	"github.com/hibiken/asynq":                 "queue queue/queuebench",
 	"github.com/redis/go-redis":                "queue queue/queuebench devstack/services",
 	"github.com/alicebob/miniredis":            "devstack/services",

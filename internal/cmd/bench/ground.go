@@ -1,0 +1,188 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"lorayard/deploy"
+	"lorayard/internal/devstack/services"
+	"lorayard/internal/store"
+	"lorayard/internal/storetest"
+)
+
+// ground is a Postgres and a Redis as they are run in earnest: a commit is on
+// the disk.
+type ground struct {
+	pg    *services.PG
+	redis *services.RedisServer
+	n     int
+}
+
+const template = "bench_template"
+
+// model is the one base model of every agent.
+const model = "bench/model"
+
+func open(ctx context.Context) (_ *ground, err error) {
+	g := &ground{}
+	defer func() {
+		if err != nil {
+			g.close()
+		}
+	}()
+	if g.pg, err = services.Postgres(ctx, services.PostgresConfig{Durable: true}); err != nil {
+		return nil, err
+	}
+	if g.redis, err = services.Redis(ctx, services.RedisConfig{Real: true, AppendOnly: true}); err != nil {
+		return nil, err
+	}
+	url, err := g.pg.Database(ctx, template, "")
+	if err != nil {
+		return nil, err
+	}
+	ms, err := store.Migrations(deploy.Migrations)
+	if err != nil {
+		return nil, err
+	}
+	st, err := store.Open(ctx, url, store.Options{Name: "bench"})
+	if err != nil {
+		return nil, err
+	}
+	defer st.Close()
+	_, err = st.Migrate(ctx, ms, deploy.StandIns)
+	return g, err
+}
+
+func (g *ground) close() {
+	if g.redis != nil {
+		_ = g.redis.Stop() // thrown away
+	}
+	if g.pg != nil {
+		_ = g.pg.Stop()
+	}
+}
+
+// field is a database of one benchmark, and the empty Redis.
+type field struct {
+	*ground
+	name, url string
+	pool      *pgxpool.Pool // as the owner
+	st        *store.Store
+}
+
+func (g *ground) lend(ctx context.Context) (*field, error) {
+	g.n++
+	f := &field{ground: g, name: fmt.Sprintf("bench_%d", g.n)}
+	var err error
+	if f.url, err = g.pg.Database(ctx, f.name, template); err != nil {
+		return nil, err
+	}
+	if err := g.redis.FlushAll(ctx); err != nil {
+		return nil, err
+	}
+	if f.pool, err = pgxpool.New(ctx, f.url); err != nil {
+		return nil, err
+	}
+	if f.st, err = store.Open(ctx, f.url, store.Options{Name: "bench", MaxConns: 2}); err != nil {
+		f.pool.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// done checks what must hold after everything, and drops the database.
+func (f *field) done(ctx context.Context) error {
+	bad, err := storetest.Violations(ctx, f.pool)
+	if len(bad) > 0 {
+		err = errors.Join(err, fmt.Errorf("invariants do not hold: %s", strings.Join(bad, "; ")))
+	}
+	f.pool.Close()
+	f.st.Close()
+	return errors.Join(err, f.pg.Drop(ctx, f.name))
+}
+
+// user makes a user with a data set.
+func (f *field) user(ctx context.Context) (user, dataset string, err error) {
+	err = f.pool.QueryRow(ctx, `WITH u AS (INSERT INTO auth.users DEFAULT VALUES RETURNING id)
+		INSERT INTO datasets (user_id, name, storage_path, file_name, file_size, status, training_ready)
+		SELECT id, 'talks', id || '/train.jsonl', 'train.jsonl', 1000, 'ready', true FROM u RETURNING user_id::text, id::text`).Scan(&user, &dataset)
+	if err != nil {
+		err = fmt.Errorf("make a user: %w", err)
+	}
+	return user, dataset, err
+}
+
+// insert puts one job in as the app does and returns its id.
+func (f *field) insert(ctx context.Context, user, dataset string, gpus string) (id string, err error) {
+	err = storetest.As(ctx, f.pool, user, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, storetest.InsertJob, user, dataset, "balanced", storetest.Hyperparameters, gpus).Scan(&id)
+	})
+	if err != nil {
+		err = fmt.Errorf("insert a job: %w", err)
+	}
+	return id, err
+}
+
+// insertMany puts n jobs in, in one transaction.
+func (f *field) insertMany(ctx context.Context, user, dataset string, n int) error {
+	err := storetest.As(ctx, f.pool, user, func(tx pgx.Tx) error {
+		b := &pgx.Batch{}
+		for range n {
+			b.Queue(storetest.InsertJob, user, dataset, "balanced", storetest.Hyperparameters, storetest.GPUConfig)
+		}
+		return tx.SendBatch(ctx, b).Close()
+	})
+	if err != nil {
+		err = fmt.Errorf("insert %d jobs: %w", n, err)
+	}
+	return err
+}
+
+// settled yields the id of each job as it is settled, from now until ctx ends.
+func (f *field) settled(ctx context.Context) <-chan string {
+	out := make(chan string, 1<<16)
+	listening := make(chan struct{})
+	go func() {
+		defer close(out)
+		first := true
+		_ = f.st.Listen(ctx, func(payload string) {
+			if first {
+				close(listening)
+				first = false
+			}
+			if id, ok := strings.CutPrefix(payload, "settled:"); ok {
+				out <- id
+			}
+		})
+		if first {
+			close(listening)
+		}
+	}()
+	<-listening
+	return out
+}
+
+// await takes n ids.
+func await(ctx context.Context, ids <-chan string, n int, patience time.Duration) error {
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	for i := range n {
+		select {
+		case _, ok := <-ids:
+			if !ok {
+				return fmt.Errorf("the listener ended after %d of %d jobs", i, n)
+			}
+		case <-late.C:
+			return fmt.Errorf("%d of %d jobs were settled in %v", i, n, patience)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}

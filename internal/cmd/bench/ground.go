@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -21,7 +23,9 @@ import (
 type ground struct {
 	pg    *services.PG
 	redis *services.RedisServer
-	n     int
+	// profile is the directory for what took Postgres's time; empty: unknown.
+	profile string
+	n       int
 }
 
 const template = "bench_template"
@@ -29,14 +33,20 @@ const template = "bench_template"
 // model is the one base model of every agent.
 const model = "bench/model"
 
-func open(ctx context.Context) (_ *ground, err error) {
-	g := &ground{}
+// open starts both. With profile Postgres counts what each statement takes,
+// which slows it down a little.
+func open(ctx context.Context, profile string) (_ *ground, err error) {
+	g := &ground{profile: profile}
 	defer func() {
 		if err != nil {
 			g.close()
 		}
 	}()
-	if g.pg, err = services.Postgres(ctx, services.PostgresConfig{Durable: true}); err != nil {
+	conf := services.PostgresConfig{Durable: true}
+	if profile != "" {
+		conf.Settings = []string{"shared_preload_libraries=pg_stat_statements", "pg_stat_statements.track=all", "track_io_timing=on"}
+	}
+	if g.pg, err = services.Postgres(ctx, conf); err != nil {
 		return nil, err
 	}
 	if g.redis, err = services.Redis(ctx, services.RedisConfig{Real: true, AppendOnly: true}); err != nil {
@@ -55,7 +65,18 @@ func open(ctx context.Context) (_ *ground, err error) {
 		return nil, err
 	}
 	defer st.Close()
-	_, err = st.Migrate(ctx, ms, deploy.StandIns)
+	if _, err := st.Migrate(ctx, ms, deploy.StandIns); err != nil {
+		return nil, err
+	}
+	if profile == "" {
+		return g, nil
+	}
+	pool, err := pgxpool.New(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	defer pool.Close()
+	_, err = pool.Exec(ctx, `CREATE EXTENSION pg_stat_statements SCHEMA extensions`)
 	return g, err
 }
 
@@ -96,8 +117,35 @@ func (g *ground) lend(ctx context.Context) (*field, error) {
 	return f, nil
 }
 
+// statements says what took most of Postgres's time since it was last asked,
+// functions' inner statements on lines of their own.
+func (f *field) statements(ctx context.Context) (string, error) {
+	rows, err := f.pool.Query(ctx, `
+		SELECT format('%8s ms %7s calls %8s ms each  %s %s', round(total_exec_time), calls, round(mean_exec_time::numeric, 3), CASE WHEN toplevel THEN '' ELSE '(inner)' END,
+		  left(regexp_replace(query, '\s+', ' ', 'g'), 150))
+		FROM extensions.pg_stat_statements WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+		ORDER BY total_exec_time DESC LIMIT 40`)
+	if err != nil {
+		return "", fmt.Errorf("read statements: %w", err)
+	}
+	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return "", fmt.Errorf("read statements: %w", err)
+	}
+	return strings.Join(lines, "\n") + "\n", nil
+}
+
 // done checks what must hold after everything, and drops the database.
 func (f *field) done(ctx context.Context) error {
+	if f.profile != "" {
+		text, err := f.statements(ctx)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(f.profile, f.name+".statements.txt"), []byte(text), 0o644)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	bad, err := storetest.Violations(ctx, f.pool)
 	if len(bad) > 0 {
 		err = errors.Join(err, fmt.Errorf("invariants do not hold: %s", strings.Join(bad, "; ")))

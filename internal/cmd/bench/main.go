@@ -58,7 +58,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.StringVar(&o.only, "only", "", "names of benchmarks, separated by commas; empty: all")
 	fs.BoolVar(&o.quick, "quick", false, "fewer samples: shows that it works, not how fast")
-	fs.StringVar(&o.profile, "profile", "", "write a CPU profile of each benchmark into this directory")
+	fs.StringVar(&o.profile, "profile", "", "write a CPU profile, and what took Postgres its time, of each benchmark into this directory")
 	fs.StringVar(&o.bin, "bin", "bin", "directory of the binaries agent and dispatcher")
 	fs.StringVar(&o.python, "trainer-python", os.Getenv("TRAINER_PYTHON"), "interpreter of the trainer's environment, for real agents")
 	fs.StringVar(&o.trainer, "trainer-dir", "scripts/train", "directory that holds the package lora_train")
@@ -76,7 +76,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	g, err := open(ctx)
+	g, err := open(ctx, o.profile)
 	if err != nil {
 		return err
 	}

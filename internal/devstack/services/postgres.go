@@ -39,6 +39,8 @@ type PostgresConfig struct {
 	// Durable makes commits survive a crash of the machine. Without it the
 	// cluster is faster and survives only a crash of Postgres.
 	Durable bool
+	// Settings are more of the server's, each name=value; last wins.
+	Settings []string
 }
 
 // PG is a running Postgres cluster. Its methods may be called from several
@@ -452,7 +454,7 @@ func (p *PG) settings() []string {
 	if !p.cfg.Durable {
 		s = append(s, "fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_wal_size=256MB")
 	}
-	return s
+	return append(s, p.cfg.Settings...)
 }
 
 // answers returns nil when a session on the server works.

@@ -1,0 +1,157 @@
+-- The same answers in less time. A function in SQL that is not inlined (one
+-- that writes, or that sets its search_path) is planned anew at every call; one
+-- in PL/pgSQL keeps its plans for the session. And a settlement writes each of
+-- its rows once.
+
+CREATE OR REPLACE FUNCTION lorayard.id_of(VARIADIC parts text[]) RETURNS uuid
+LANGUAGE plpgsql IMMUTABLE SET search_path = '' AS $$
+BEGIN
+  RETURN pg_catalog.md5('lorayard:' || pg_catalog.array_to_string(parts, ':'))::uuid;
+END $$;
+
+CREATE OR REPLACE FUNCTION lorayard.fit(v float8, ceiling numeric, digits integer) RETURNS numeric
+LANGUAGE plpgsql IMMUTABLE SET search_path = '' AS $$
+BEGIN
+  RETURN CASE
+    WHEN v IS NULL OR v = 'NaN'::float8 THEN NULL
+    WHEN v >= ceiling::float8 THEN ceiling
+    WHEN v <= -ceiling::float8 THEN -ceiling
+    ELSE pg_catalog.round(v::numeric, digits)
+  END;
+END $$;
+
+CREATE OR REPLACE FUNCTION lorayard.cost_of(p_job uuid) RETURNS bigint
+LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+BEGIN
+  RETURN (SELECT coalesce(sum(pg_catalog.trunc(
+      u.micro_usd_per_hour * extract(epoch FROM upper(u.during) - lower(u.during)) / 3600)), 0)::bigint
+    FROM lorayard.usage_intervals u WHERE u.job_id = p_job AND u.billable);
+END $$;
+
+CREATE OR REPLACE FUNCTION lorayard.notify_user(p_job uuid, p_type text, p_title text, p_message text, p_priority text, p_url text)
+RETURNS void LANGUAGE plpgsql SET search_path = '' AS $$
+BEGIN
+  INSERT INTO public.notifications (id, user_id, type, title, message, priority, action_url, metadata)
+  SELECT lorayard.id_of('notification', p_type, p_job::text), t.user_id, p_type, p_title, p_message, p_priority, p_url,
+         pg_catalog.jsonb_build_object('job_id', p_job)
+  FROM public.training_jobs t WHERE t.id = p_job
+  ON CONFLICT (id) DO NOTHING;
+END $$;
+
+-- Ends a job: artifact (NULL for none), final status, cost and notifications in
+-- the caller's transaction. A cancel that came first wins. The caller has closed
+-- the attempt.
+CREATE OR REPLACE FUNCTION lorayard.end_job(p_job uuid, p_status text, p_message text, p_detail text, p_artifact jsonb)
+RETURNS text LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+  t        public.training_jobs;
+  v_now    timestamptz := pg_catalog.clock_timestamp();
+  v_micro  bigint;
+  v_used   numeric;
+  v_class  text;
+  v_rate   bigint;
+  v_amount numeric(10,2);
+  v_art    uuid;
+BEGIN
+  SELECT * INTO t FROM public.training_jobs x WHERE x.id = p_job FOR UPDATE;
+  IF t.status IN ('completed', 'failed', 'cancelled') THEN
+    p_status := t.status;
+  END IF;
+  SELECT coalesce(sum(pg_catalog.trunc(u.micro_usd_per_hour * s.seconds / 3600)) FILTER (WHERE u.billable), 0)::bigint,
+         sum(s.seconds) FILTER (WHERE u.billable), min(u.class), max(u.micro_usd_per_hour)
+  INTO v_micro, v_used, v_class, v_rate
+  FROM lorayard.usage_intervals u, LATERAL (SELECT extract(epoch FROM upper(u.during) - lower(u.during)) AS seconds) s
+  WHERE u.job_id = p_job;
+  v_amount := pg_catalog.round(v_micro / 1000000.0, 2);
+  IF p_artifact IS NOT NULL THEN
+    v_art := (p_artifact ->> 'id')::uuid;
+    INSERT INTO public.model_artifacts (id, user_id, job_id, dataset_id, name, description, quality_metrics, training_summary, configuration, artifacts)
+    SELECT v_art, t.user_id, t.id, t.dataset_id, left(d.name || ' (' || t.preset_id || ')', 200), p_artifact ->> 'description',
+      p_artifact -> 'quality_metrics',
+      (p_artifact -> 'training_summary') || pg_catalog.jsonb_build_object(
+        'total_cost', v_amount,
+        'training_duration_hours', pg_catalog.round((extract(epoch FROM v_now - t.started_at) / 3600)::numeric, 4)),
+      pg_catalog.jsonb_build_object('preset_id', t.preset_id, 'hyperparameters', t.hyperparameters, 'gpu_config', t.gpu_config),
+      p_artifact -> 'files'
+    FROM public.datasets d WHERE d.id = t.dataset_id;
+  END IF;
+  UPDATE lorayard.jobs j SET state = 'settled', waiting = '' WHERE j.job_id = p_job;
+  UPDATE public.training_jobs x SET
+    status = p_status,
+    current_stage = CASE WHEN p_status = 'completed' THEN 'completed' ELSE x.current_stage END,
+    progress = CASE WHEN p_status = 'completed' THEN 100 ELSE x.progress END,
+    completed_at = coalesce(x.completed_at, v_now),
+    estimated_completion_at = NULL,
+    current_cost = v_amount,
+    final_cost = v_amount,
+    error_message = CASE WHEN p_status = 'failed' THEN p_message ELSE x.error_message END,
+    error_stack = CASE WHEN p_status = 'failed' THEN nullif(p_detail, '') ELSE x.error_stack END,
+    artifact_id = coalesce(v_art, x.artifact_id),
+    current_metrics = CASE WHEN v_art IS NULL THEN x.current_metrics ELSE x.current_metrics || coalesce(p_artifact -> 'metrics', '{}') END
+  WHERE x.id = p_job;
+
+  IF v_used > 0 THEN
+    INSERT INTO public.cost_records (id, user_id, job_id, cost_type, amount, details, billing_period)
+    VALUES (lorayard.id_of('cost', 'compute', p_job::text), t.user_id, p_job, 'compute', v_amount,
+      pg_catalog.jsonb_build_object('micro_usd', v_micro, 'gpu_seconds', pg_catalog.round(v_used, 3),
+        'gpu_class', v_class, 'micro_usd_per_gpu_hour', v_rate,
+        'attempts', (SELECT count(*) FROM lorayard.attempts a WHERE a.job_id = p_job AND a.accepted_at IS NOT NULL)),
+      pg_catalog.date_trunc('month', pg_catalog.now())::date)
+    ON CONFLICT (id) DO NOTHING;
+  END IF;
+
+  IF p_status = 'failed' THEN
+    PERFORM lorayard.notify_user(p_job, 'job_failed', 'Training failed', coalesce(p_message, 'The training failed.'), 'high', '/training/jobs/' || p_job);
+  ELSIF p_status = 'completed' THEN
+    PERFORM lorayard.notify_user(p_job, 'job_completed', 'Training completed', 'Your model has been trained. Cost: $' || v_amount || '.', 'medium', '/training/jobs/' || p_job);
+    IF v_art IS NOT NULL THEN
+      PERFORM lorayard.notify_user(p_job, 'artifact_ready', 'Model ready', 'Your trained adapter is ready to download.', 'medium', '/models/' || v_art);
+    END IF;
+  END IF;
+  RETURN p_status;
+END $$;
+
+CREATE OR REPLACE FUNCTION lorayard.finish_job(p_job uuid, p_status text, p_message text, p_detail text)
+RETURNS text LANGUAGE plpgsql SET search_path = '' AS $$
+BEGIN
+  RETURN lorayard.end_job(p_job, p_status, p_message, p_detail, NULL);
+END $$;
+
+-- As before (migration 4): closes an attempt and, where it is due, the job. The
+-- answer is the job's status, or 'stale'. A lost acknowledgement may be asked
+-- for again.
+CREATE OR REPLACE FUNCTION lorayard.settle(p_job uuid, p_attempt integer, p_nonce uuid, p_end jsonb)
+RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
+DECLARE
+  v_outcome text := p_end ->> 'outcome';
+  v_status  text;
+  v_final   text;
+BEGIN
+  PERFORM 1 FROM lorayard.jobs j
+  WHERE j.job_id = p_job AND j.attempt = p_attempt AND j.nonce = p_nonce AND j.state = 'accepted' FOR UPDATE;
+  IF NOT FOUND THEN
+    SELECT t.status INTO v_status FROM lorayard.attempts a JOIN public.training_jobs t ON t.id = a.job_id
+    WHERE a.job_id = p_job AND a.attempt = p_attempt AND a.nonce = p_nonce AND a.outcome = v_outcome;
+    RETURN coalesce(v_status, 'stale');
+  END IF;
+  SELECT t.status INTO v_status FROM public.training_jobs t WHERE t.id = p_job FOR UPDATE;
+  IF v_status = 'cancelled' THEN
+    v_outcome := 'cancelled';
+  END IF;
+  PERFORM lorayard.close_attempt(p_job, p_attempt, v_outcome, coalesce(p_end ->> 'kind', ''), coalesce(p_end ->> 'message', ''),
+    v_outcome = 'cancelled' OR coalesce((p_end ->> 'billable')::boolean, false), true);
+  IF v_outcome = 'completed' THEN
+    v_final := lorayard.end_job(p_job, 'completed', '', '', p_end -> 'artifact');
+  ELSIF v_outcome = 'cancelled' THEN
+    v_final := lorayard.end_job(p_job, 'cancelled', '', '', NULL);
+  ELSIF v_outcome = 'handed_back' OR (p_end ->> 'retryable')::boolean THEN
+    v_final := lorayard.requeue_job(p_job, coalesce((p_end ->> 'counted')::boolean, false), v_outcome = 'failed' AND NOT coalesce((p_end ->> 'counted')::boolean, false),
+      pg_catalog.make_interval(secs => coalesce((p_end ->> 'delay_seconds')::float8, 0)), p_end ->> 'kind', p_end ->> 'message', p_end ->> 'detail');
+  ELSE
+    v_final := lorayard.end_job(p_job, 'failed', p_end ->> 'message', p_end ->> 'detail', NULL);
+  END IF;
+  PERFORM pg_catalog.pg_notify('lorayard', 'settled:' || p_job);
+  RETURN v_final;
+END $$;
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA lorayard FROM PUBLIC;

@@ -91,6 +91,7 @@ type Dispatcher struct {
 
 	wake      chan struct{} // a round is wanted
 	vacant    chan struct{} // the leader resigned
+	news      atomic.Bool   // rows came, or jobs came back to the queue
 	cancelled atomic.Bool   // a job without an attempt was cancelled
 	stale     atomic.Bool   // what is known of hosts is
 
@@ -155,6 +156,7 @@ func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 	keeper.Go(func() { depose(d.keepTerm(ctx, term, sent)) })
 
 	d.stale.Store(true)
+	d.news.Store(true)
 	var full time.Time // when everything was last looked at
 	for ctx.Err() == nil {
 		start := time.Now()
@@ -171,13 +173,23 @@ func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 		} else {
 			d.Metrics.Rounds.WithLabelValues("ok").Inc()
 		}
-		d.Metrics.RoundSecs.Observe(time.Since(start).Seconds())
+		took := time.Since(start)
+		d.Metrics.RoundSecs.Observe(took.Seconds())
+		if d.known.busy && took > 0 {
+			// Under load what comes during a round fills the next one: with a pause
+			// as long as the round (half of a core) a round gives several jobs at
+			// once, and costs little more than with one.
+			d.pause(ctx, min(took, gather), nil)
+		}
 		d.pause(ctx, max(0, time.Until(d.nextFull(full))), d.wake)
 	}
 	depose(nil)
 	keeper.Wait()
 	d.Log.InfoContext(ctx, "no longer leading", "term", term, "err", context.Cause(ctx))
 }
+
+// gather bounds the pause after a round that gave jobs to agents.
+const gather = 50 * time.Millisecond
 
 // nextFull is when everything is to be looked at again: Poll after the last
 // time, or as soon as a silent agent may be judged.
@@ -223,8 +235,8 @@ func (d *Dispatcher) listen(ctx context.Context) {
 	}
 }
 
-// heed takes one notification: job, settled, cancelled, agent, look, leader or grants,
-// and what it is about.
+// heed takes one notification: job, settled, cancelled, agent, look, leader or
+// grants, and what it is about.
 func (d *Dispatcher) heed(payload string) {
 	what, id, _ := strings.Cut(payload, ":")
 	switch what {
@@ -241,9 +253,17 @@ func (d *Dispatcher) heed(payload string) {
 			d.Grants()
 		}
 		return
+	case "settled": // devices are free; nothing else is new
+	case "agent":
+		d.stale.Store(true)
 	case "cancelled":
 		d.cancelled.Store(true)
-	case "agent":
+		d.news.Store(true) // it waits no longer
+	case "job":
+		d.news.Store(true)
+	default: // whatever was notified before we listened
+		d.news.Store(true)
+		d.cancelled.Store(true)
 		d.stale.Store(true)
 	}
 	d.Wake()
@@ -306,7 +326,12 @@ func (d *Dispatcher) goneAgents() []string {
 // everything also what only time makes due. A step that fails does not keep
 // the others from being done.
 func (d *Dispatcher) Round(ctx context.Context, everything bool) error {
-	errs := []error{d.admit(ctx)}
+	var errs []error
+	d.known.busy = false
+	if d.news.Swap(false) || everything {
+		d.known.queue = false
+		errs = append(errs, d.admit(ctx))
+	}
 	if d.cancelled.Swap(false) || everything {
 		errs = append(errs, d.settleCancelled(ctx))
 	}
@@ -336,6 +361,9 @@ func (d *Dispatcher) settleCancelled(ctx context.Context) error {
 
 func (d *Dispatcher) takeBack(ctx context.Context) error {
 	refs, err := d.Store.TakeBack(ctx, d.Config.Accept, d.goneAgents())
+	if len(refs) > 0 {
+		d.known.queue = false
+	}
 	for _, ref := range refs {
 		d.Metrics.TakenBack.Inc()
 		d.Log.WarnContext(ctx, "attempt was not accepted", "job", ref.Job, "attempt", ref.Attempt)

@@ -3,6 +3,7 @@ package dispatch
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"lorayard/internal/job"
@@ -20,6 +21,14 @@ type known struct {
 	users    map[string]place.User
 	usersAt  time.Time
 	reserved map[string]string // job → agent that was promised to it
+	busy     bool              // the round under way, or the last one, assigned jobs and others wait
+
+	// waiting is the queue as it was last read, without what was assigned since;
+	// queue says that nothing came or came back. A settlement changes none of it,
+	// and there are as many of them as there are rounds.
+	waiting []store.Waiting
+	queue   bool
+	spare   int // so many more may be assigned before a user's further jobs are to be seen
 }
 
 const (
@@ -33,10 +42,10 @@ const (
 // place decides where waiting jobs run and carries it out. With explain it
 // also records why the others wait.
 func (d *Dispatcher) place(ctx context.Context, explain bool) error {
-	waiting, err := d.Store.Waiting(ctx, 10*batch)
-	if err != nil {
+	if err := d.look(ctx); err != nil {
 		return err
 	}
+	waiting := d.known.waiting
 	if err := d.refresh(ctx, len(waiting) > 0); err != nil {
 		return err
 	}
@@ -52,7 +61,44 @@ func (d *Dispatcher) place(ctx context.Context, explain bool) error {
 	for _, r := range res.Reservations {
 		d.known.reserved[r.Job] = r.Agent
 	}
-	return errors.Join(d.assign(ctx, waiting, res.Assignments), d.preempt(ctx, running, res.Preemptions), d.explain(ctx, explain, waiting, res.Waiting))
+	return errors.Join(d.assign(ctx, waiting, res.Assignments), d.preempt(ctx, running, res.Preemptions), d.explain(ctx, explain, res.Waiting))
+}
+
+// look reads the queue when it is not what we know.
+func (d *Dispatcher) look(ctx context.Context) error {
+	k := &d.known
+	if k.queue && k.spare > 0 {
+		return nil
+	}
+	waiting, err := d.Store.Waiting(ctx, most)
+	if err != nil {
+		d.news.Store(true)
+		return err
+	}
+	k.waiting, k.queue, k.spare = waiting, true, most
+	of := map[string]int{}
+	for _, w := range waiting {
+		if of[w.User]++; of[w.User] == store.WaitingOfUser {
+			k.spare = store.WaitingOfUser / 2
+		}
+	}
+	if len(waiting) == most {
+		k.spare = min(k.spare, most/2)
+	}
+	return nil
+}
+
+// most is how many jobs are placed at once.
+const most = 10 * batch
+
+// assigned takes jobs off the queue that we know.
+func (k *known) assigned(sends []store.Send) {
+	gone := make(map[job.ID]bool, len(sends))
+	for _, s := range sends {
+		gone[s.Task.Ref.Job] = true
+	}
+	k.waiting = slices.DeleteFunc(k.waiting, func(w store.Waiting) bool { return gone[w.ID] })
+	k.spare -= len(sends)
 }
 
 // refresh reads hosts and users again when it is time, or when something about
@@ -165,12 +211,15 @@ func (d *Dispatcher) assign(ctx context.Context, waiting []store.Waiting, as []p
 		chosen[i] = store.Assignment{Job: job.ID(a.Job), Attempt: attempts[a.Job], Agent: a.Agent, Devices: a.Devices}
 	}
 	sends, err := d.Store.Assign(ctx, chosen)
+	d.known.assigned(sends)
+	d.known.busy = len(sends) > 0 && len(d.known.waiting) > 0
 	for _, s := range sends {
 		d.Metrics.Assigned.Inc()
 		d.Log.InfoContext(ctx, "attempt assigned", "job", s.Task.Ref.Job, "attempt", s.Task.Ref.Attempt, "agent", s.Agent, "device", s.Task.Devices)
 	}
-	if len(sends) < len(as) {
-		d.stale.Store(true) // something was not as we knew it
+	if len(sends) < len(as) { // something was not as we knew it
+		d.stale.Store(true)
+		d.known.queue = false
 	}
 	d.send(ctx, sends)
 	return err
@@ -200,9 +249,10 @@ func (d *Dispatcher) preempt(ctx context.Context, running []store.Running, ps []
 
 // explain records why jobs wait: at once for those that say nothing yet, for
 // all of them when everything is looked at.
-func (d *Dispatcher) explain(ctx context.Context, all bool, waiting []store.Waiting, why map[string]place.Wait) error {
+func (d *Dispatcher) explain(ctx context.Context, all bool, why map[string]place.Wait) error {
 	var waits []store.Wait
-	for _, w := range waiting {
+	for i := range d.known.waiting {
+		w := &d.known.waiting[i]
 		p, ok := why[string(w.ID)]
 		if !ok || p.Reason == w.Reason || (!all && w.Reason != "") {
 			continue
@@ -210,6 +260,7 @@ func (d *Dispatcher) explain(ctx context.Context, all bool, waiting []store.Wait
 		if w.Reason == "" {
 			d.Log.InfoContext(ctx, "job waits", "job", w.ID, "reason", p.Reason)
 		}
+		w.Reason = p.Reason
 		waits = append(waits, store.Wait{Job: w.ID, Reason: p.Reason, Earliest: p.Earliest, Latest: p.Latest})
 	}
 	if len(waits) == 0 {

@@ -113,6 +113,13 @@ func (p *PG) Log() string { return filepath.Join(p.dir, "postgres.log") }
 // Major is the server's major version.
 func (p *PG) Major() int { return p.major }
 
+// PID is the server's first process, 0 when none runs.
+func (p *PG) PID() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.server.id()
+}
+
 // Stop ends the server as a shutdown would (open sessions are closed), and
 // removes a throw-away cluster. A second call does nothing.
 func (p *PG) Stop() error {

@@ -121,6 +121,13 @@ func (r *RedisServer) Password() string { return r.password }
 // Log is the path of redis-server's log; the imitation writes none.
 func (r *RedisServer) Log() string { return filepath.Join(r.dir, "redis.log") }
 
+// PID is redis-server's process, 0 when none runs.
+func (r *RedisServer) PID() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.server.id()
+}
+
 // Stop shuts the server down. A second call does nothing.
 func (r *RedisServer) Stop() error {
 	r.mu.Lock()

@@ -105,6 +105,14 @@ func spawn(cmd *exec.Cmd, parentDied syscall.Signal) (*child, error) {
 	return c, nil
 }
 
+// id is the process's number, 0 when none runs.
+func (c *child) id() int {
+	if !c.running() {
+		return 0
+	}
+	return c.pid
+}
+
 // running reports whether the process has not been reaped yet.
 func (c *child) running() bool {
 	if c == nil {

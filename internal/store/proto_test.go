@@ -150,7 +150,9 @@ func (r *real) do(ctx context.Context, e proto.Event) (proto.Answer, error) {
 		return ans, err
 	case proto.Renew:
 		if e.Unlisted { // whatever is accepted was accepted long ago
-			r.db.Exec(`UPDATE lorayard.attempts SET assigned_at = assigned_at - interval '1 minute', accepted_at = accepted_at - interval '1 minute', ended_at = ended_at - interval '1 minute' WHERE job_id = $1`, r.id)
+			r.db.Exec(`UPDATE lorayard.attempts SET assigned_at = assigned_at - interval '1 minute', accepted_at = accepted_at - interval '1 minute',
+				renewed_at = renewed_at - interval '1 minute', ended_at = ended_at - interval '1 minute' WHERE job_id = $1`, r.id)
+			r.db.Exec(`UPDATE lorayard.usage_intervals SET during = tstzrange(lower(during) - interval '1 minute', upper(during) - interval '1 minute') WHERE job_id = $1`, r.id)
 		}
 		wanted, err := st.Renew(ctx, r.agent(e.Agent, e.Boot), leaseForTests, store.AgentState{}, []job.Ref{r.ref(e)})
 		ans, err := done(true, err)

@@ -162,6 +162,9 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := st.CheckSchema(ctx, ms); err != nil {
 		return err
 	}
+	if err := st.CheckAlone(ctx); err != nil {
+		return err
+	}
 	q, err := queue.Dial(s.RedisURL.Reveal())
 	if err != nil {
 		return err

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"lorayard/deploy"
@@ -59,12 +60,13 @@ type Stack struct {
 	Store *storage.Client       // as the service role
 	Pool  *pgxpool.Pool         // as the owner of the database
 
-	JWTSecret string
-	agentURL  string // database URL of the agents' login
-	storageOn net.Listener
-	storage   *local.Server
-	server    *http.Server
-	procs     []*Process
+	JWTSecret     string
+	agentURL      string // database URL of the agents' login
+	dispatcherURL string // and of the dispatchers'
+	storageOn     net.Listener
+	storage       *local.Server
+	server        *http.Server
+	procs         []*Process
 }
 
 // Start brings up the services, migrates, and makes the buckets. Dispatchers
@@ -100,7 +102,7 @@ func Start(ctx context.Context, c Config) (_ *Stack, err error) {
 	if s.Pool, err = pgxpool.New(ctx, s.DatabaseURL); err != nil {
 		return nil, fmt.Errorf("open the database: %w", err)
 	}
-	return s, s.makeAgentLogin(ctx)
+	return s, s.makeLogins(ctx)
 }
 
 func (s *Stack) startPostgres(ctx context.Context) error {
@@ -198,26 +200,35 @@ func (s *Stack) migrate(ctx context.Context) error {
 	return err
 }
 
-// makeAgentLogin makes the login that agents use: it may run their functions
-// and nothing else.
-func (s *Stack) makeAgentLogin(ctx context.Context) error {
-	password := secret()
-	for _, sql := range []string{
-		`DO $$ BEGIN CREATE ROLE lorayard_agent_dev LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$`,
-		`ALTER ROLE lorayard_agent_dev PASSWORD '` + password + `'`,
-		`GRANT lorayard_agent TO lorayard_agent_dev`,
-	} {
-		if _, err := s.Pool.Exec(ctx, sql); err != nil {
-			return fmt.Errorf("make the agents' login: %w", err)
-		}
+// makeLogins makes the logins of agents and dispatchers: each may do what its
+// role may, and nothing else.
+func (s *Stack) makeLogins(ctx context.Context) (err error) {
+	if s.agentURL, err = s.login(ctx, "lorayard_agent"); err != nil {
+		return err
 	}
+	s.dispatcherURL, err = s.login(ctx, "lorayard_dispatcher")
+	return err
+}
+
+// login makes a login in a role and returns the database's URL with it.
+func (s *Stack) login(ctx context.Context, role string) (string, error) {
 	u, err := url.Parse(s.DatabaseURL)
 	if err != nil {
-		return errors.New("parse the database URL: it is not of the form postgres://user:password@host:port/database")
+		return "", errors.New("parse the database URL: it is not of the form postgres://user:password@host:port/database")
 	}
-	u.User = url.UserPassword("lorayard_agent_dev", password)
-	s.agentURL = u.String()
-	return nil
+	// Logins are the cluster's, and stacks may share one.
+	name, password := pgx.Identifier{role + "_" + strings.TrimPrefix(u.Path, "/")}.Sanitize(), secret()
+	for _, sql := range []string{
+		`DO $$ BEGIN CREATE ROLE ` + name + ` LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$`,
+		`ALTER ROLE ` + name + ` PASSWORD '` + password + `'`,
+		`GRANT ` + role + ` TO ` + name,
+	} {
+		if _, err := s.Pool.Exec(ctx, sql); err != nil {
+			return "", fmt.Errorf("make a login in role %s: %w", role, err)
+		}
+	}
+	u.User = url.UserPassword(role+"_"+strings.TrimPrefix(u.Path, "/"), password)
+	return u.String(), nil
 }
 
 func secret() string {
@@ -233,7 +244,7 @@ func (s *Stack) Dispatcher(ctx context.Context, name string, settings ...string)
 		return nil, err
 	}
 	env := append([]string{
-		"DATABASE_URL=" + s.DatabaseURL, "REDIS_URL=" + s.RedisURL, "BASE_MODELS=" + strings.Join(s.BaseModels, ","),
+		"DATABASE_URL=" + s.dispatcherURL, "REDIS_URL=" + s.RedisURL, "BASE_MODELS=" + strings.Join(s.BaseModels, ","),
 		"SUPABASE_URL=" + s.SupabaseURL, "SUPABASE_SECRET_KEY=" + s.SupabaseKey,
 		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops), "PRESENCE=tcp://127.0.0.1:0",
 	}, append(s.Settings, settings...)...)
@@ -256,12 +267,15 @@ func (s *Stack) Agent(ctx context.Context, id string, settings ...string) (*Proc
 	return s.process(ctx, id, filepath.Join(s.Bin, "agent"), "run", env, ops)
 }
 
+// DispatcherURL is the database with the dispatchers' login.
+func (s *Stack) DispatcherURL() string { return s.dispatcherURL }
+
 // AgentDatabaseAt is the agents' database URL by another address: that of a
 // proxy before it.
 func (s *Stack) AgentDatabaseAt(addr string) string { return at(s.agentURL, addr) }
 
 // DatabaseAt and RedisAt are the like for the dispatchers' database and Redis.
-func (s *Stack) DatabaseAt(addr string) string { return at(s.DatabaseURL, addr) }
+func (s *Stack) DatabaseAt(addr string) string { return at(s.dispatcherURL, addr) }
 
 // RedisAt is the URL of Redis by another address.
 func (s *Stack) RedisAt(addr string) string { return at(s.RedisURL, addr) }

@@ -93,24 +93,12 @@ func (s *Store) Admit(ctx context.Context, as []Admission) error {
 	return nil
 }
 
-const refuseInsert = `
-	INSERT INTO lorayard.jobs (job_id, user_id, spec)
-	SELECT t.id, t.user_id, '{}' FROM public.training_jobs t WHERE t.id = $1
-	ON CONFLICT DO NOTHING`
+const refuse = `SELECT lorayard.refuse($1, $2)`
 
-const finish = `SELECT lorayard.finish_job($1, $2, $3, $4)`
-
-// Refuse fails a row at admission, with words for the user.
+// Refuse fails a row at admission, with words for the user; doing it twice
+// changes nothing.
 func (s *Store) Refuse(ctx context.Context, id job.ID, message string) error {
-	err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, refuseInsert, string(id))
-		if err != nil || tag.RowsAffected() == 0 {
-			return err
-		}
-		_, err = tx.Exec(ctx, finish, string(id), string(job.Failed), clean(message), "")
-		return err
-	})
-	if err != nil {
+	if _, err := s.pool.Exec(ctx, refuse, string(id), clean(message)); err != nil {
 		return fmt.Errorf("refuse job %s: %w", id, err)
 	}
 	return nil

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"regexp"
@@ -151,6 +152,26 @@ func (s *Store) CheckSchema(ctx context.Context, ms []Migration) error {
 		return fmt.Errorf("row level security is off on %v: everybody signed in can read them; enable it before serving", open)
 	}
 	return nil
+}
+
+const otherWriter = `
+	SELECT t.id::text, t.external_job_id FROM public.training_jobs t
+	WHERE t.external_job_id IS NOT NULL AND t.status IN ('queued', 'initializing', 'running') AND t.updated_at > clock_timestamp() - interval '2 minutes'
+	LIMIT 1`
+
+// CheckAlone reports whether something else runs the app's jobs: the cron
+// functions that this system replaces give each job an external_job_id and
+// write its row every half minute.
+func (s *Store) CheckAlone(ctx context.Context) error {
+	var id, external string
+	err := s.pool.QueryRow(ctx, otherWriter).Scan(&id, &external)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil
+	case err != nil:
+		return fmt.Errorf("look for another writer: %w", err)
+	}
+	return fmt.Errorf("job %s was forwarded elsewhere (external_job_id %s) and written within the last two minutes: the app's old cron functions are at work; stop them (process jobs, validate data sets, create model artifacts), let their jobs end or cancel them, then start this dispatcher", id, external)
 }
 
 const openTables = `

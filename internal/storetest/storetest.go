@@ -36,7 +36,11 @@ type server struct {
 var shared server
 
 // Main runs the tests of a package and stops the cluster after them.
-func Main(m *testing.M) {
+func Main(m *testing.M) { os.Exit(Run(m)) }
+
+// Run is Main for a package that has more to clean up: it returns the code to
+// exit with.
+func Run(m *testing.M) int {
 	code := m.Run()
 	if shared.pg != nil {
 		if err := shared.pg.Stop(); err != nil {
@@ -44,7 +48,7 @@ func Main(m *testing.M) {
 			code = max(code, 1)
 		}
 	}
-	os.Exit(code)
+	return code
 }
 
 func (s *server) start(ctx context.Context) error {

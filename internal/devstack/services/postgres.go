@@ -153,6 +153,28 @@ func (p *PG) Kill() error {
 	return err
 }
 
+// Freeze stops every process of the server where it stands: its connections
+// stay, and nothing answers. Thaw lets it go on.
+func (p *PG) Freeze() error { return p.signal(syscall.SIGSTOP) }
+
+// Thaw ends a Freeze.
+func (p *PG) Thaw() error { return p.signal(syscall.SIGCONT) }
+
+// signal sends sig to the server first, so that it starts no session meanwhile.
+func (p *PG) signal(sig syscall.Signal) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.server.running() {
+		return errors.New("no Postgres runs")
+	}
+	for _, pid := range append([]int{p.server.pid}, childrenOf(p.server.pid)...) {
+		if err := syscall.Kill(pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("sending %s to process %d of Postgres: %w", sig, pid, err)
+		}
+	}
+	return nil
+}
+
 // Restart shuts the server down, when it runs, and starts it again on the same
 // port with the same data.
 func (p *PG) Restart(ctx context.Context) error {

@@ -160,6 +160,55 @@ func (r *RedisServer) Restart(ctx context.Context) error {
 	return nil
 }
 
+// Snapshot is what Redis holds at one moment, for Restore.
+type Snapshot map[string][]byte // files of the append-only directory
+
+// appendDir is where redis-server 7 keeps its append-only files.
+const appendDir = "appendonlydir"
+
+// Snapshot keeps what Redis holds now, as a backup of its disk would. It needs
+// a redis-server with RedisConfig.AppendOnly.
+func (r *RedisServer) Snapshot() (Snapshot, error) {
+	if r.bin == "" || !r.cfg.AppendOnly {
+		return nil, errors.New("a snapshot of Redis needs redis-server and an append-only file")
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	entries, err := os.ReadDir(filepath.Join(r.dir, appendDir))
+	if err != nil {
+		return nil, fmt.Errorf("keeping a snapshot of Redis: %w", err)
+	}
+	s := Snapshot{}
+	for _, e := range entries {
+		if s[e.Name()], err = os.ReadFile(filepath.Join(r.dir, appendDir, e.Name())); err != nil {
+			return nil, fmt.Errorf("keeping a snapshot of Redis: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// Restore ends the server at once and starts it again with what s holds: all
+// that was written since is forgotten, and all that was removed is back.
+func (r *RedisServer) Restore(ctx context.Context, s Snapshot) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	err := r.end(syscall.SIGKILL)
+	dir := filepath.Join(r.dir, appendDir)
+	err = errors.Join(err, os.RemoveAll(dir), os.Mkdir(dir, 0o700))
+	for name, raw := range s {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), raw, 0o600))
+	}
+	if err == nil {
+		err = r.launch(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("restoring a snapshot of Redis: %w", err)
+	}
+	return nil
+}
+
 // FlushAll removes every key of every database.
 func (r *RedisServer) FlushAll(ctx context.Context) error {
 	c := r.client(r.Addr())

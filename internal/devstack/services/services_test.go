@@ -295,6 +295,59 @@ func TestRedisRestarts(t *testing.T) {
 	}
 }
 
+func TestRedisComesBackFromASnapshot(t *testing.T) {
+	rd, err := services.Redis(t.Context(), services.RedisConfig{Real: true, AppendOnly: true})
+	need(t, err)
+	t.Cleanup(func() {
+		if err := rd.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	c := redis.NewClient(&redis.Options{Addr: rd.Addr(), Password: rd.Password()})
+	defer c.Close()
+	if err := c.Set(t.Context(), "then", "x", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	snapshot, err := rd.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(c.Set(t.Context(), "since", "x", 0).Err(), c.Del(t.Context(), "then").Err()); err != nil {
+		t.Fatal(err)
+	}
+	if err := rd.Restore(t.Context(), snapshot); err != nil {
+		t.Fatal(err)
+	}
+	if keys, err := c.Keys(t.Context(), "*").Result(); err != nil || len(keys) != 1 || keys[0] != "then" {
+		t.Errorf("after the restore: %v, %v", keys, err)
+	}
+}
+
+func TestAFrozenPostgresAnswersWhenItIsThawed(t *testing.T) {
+	pg := startPostgres(t, services.PostgresConfig{})
+	conn, err := pgx.Connect(t.Context(), pg.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if err := pg.Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	answer := make(chan error, 1)
+	go func() { answer <- conn.Ping(context.Background()) }()
+	select {
+	case err := <-answer:
+		t.Errorf("a frozen server answered: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	if err := pg.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-answer; err != nil {
+		t.Errorf("the session did not outlive the freeze: %v", err)
+	}
+}
+
 func TestTheImitationsClockRuns(t *testing.T) {
 	r, err := services.Redis(t.Context(), services.RedisConfig{Mini: true})
 	if err != nil {

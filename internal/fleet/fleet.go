@@ -31,6 +31,8 @@ type Config struct {
 	Agents, GPUs          int    // GPUs of each agent
 	Class                 string // of the GPUs; empty: A100-80GB
 	Models                []string
+	Labels                func(agent int) map[string]string // nil: none
+	Conns                 int32                             // of the agents to Postgres, all together; 0 means 12
 	Dispatchers           int           // 0 means 1
 	Renew                 time.Duration // 0 means 1 s
 	Lease                 time.Duration // 0 means 5 s
@@ -65,6 +67,7 @@ func Start(ctx context.Context, c Config) (_ *Fleet, err error) {
 	c.Renew = or(c.Renew, time.Second)
 	c.Lease = or(c.Lease, 5*time.Second)
 	c.Dispatchers = or(c.Dispatchers, 1)
+	c.Conns = or(c.Conns, 12)
 	f := &Fleet{c: c}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	f.stop = stop
@@ -73,7 +76,7 @@ func Start(ctx context.Context, c Config) (_ *Fleet, err error) {
 			_ = f.Stop()
 		}
 	}()
-	if f.Store, err = f.open(ctx, "agents", 12); err != nil {
+	if f.Store, err = f.open(ctx, "agents", c.Conns); err != nil {
 		return nil, err
 	}
 	for i := range c.Dispatchers {
@@ -82,7 +85,11 @@ func Start(ctx context.Context, c Config) (_ *Fleet, err error) {
 		}
 	}
 	for i := range c.Agents {
-		f.agent(run, fmt.Sprintf("bench-%05d", i))
+		var labels map[string]string
+		if c.Labels != nil {
+			labels = c.Labels(i)
+		}
+		f.agent(run, fmt.Sprintf("bench-%05d", i), labels)
 	}
 	for _, a := range f.Agents {
 		for a.Ready() != nil {
@@ -137,10 +144,10 @@ func (f *Fleet) dispatcher(ctx, run context.Context, i int) error {
 	return nil
 }
 
-func (f *Fleet) agent(run context.Context, id string) {
+func (f *Fleet) agent(run context.Context, id string, labels map[string]string) {
 	log := f.c.Log.With("agent", id)
 	devices := gpu.Pretend(f.c.GPUs, f.c.Class, id)
-	self := store.Agent{ID: id, Boot: uuid.NewString(), Instance: id, Hostname: "here", BaseModels: f.c.Models}
+	self := store.Agent{ID: id, Boot: uuid.NewString(), Instance: id, Hostname: "here", BaseModels: f.c.Models, Labels: labels}
 	for _, d := range devices {
 		self.Devices = append(self.Devices, store.Device(d))
 	}

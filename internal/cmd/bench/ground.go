@@ -166,15 +166,16 @@ func (f *field) user(ctx context.Context) (user, dataset string, err error) {
 	return user, dataset, err
 }
 
-// insert puts one job in as the app does and returns its id.
-func (f *field) insert(ctx context.Context, user, dataset string, gpus string) (id string, err error) {
+// insertTimed puts one job in as the app does; began is when its INSERT is sent.
+func (f *field) insertTimed(ctx context.Context, user, dataset string) (began time.Time, id string, err error) {
 	err = storetest.As(ctx, f.pool, user, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, storetest.InsertJob, user, dataset, "balanced", storetest.Hyperparameters, gpus).Scan(&id)
+		began = time.Now()
+		return tx.QueryRow(ctx, storetest.InsertJob, user, dataset, "balanced", storetest.Hyperparameters, storetest.GPUConfig).Scan(&id)
 	})
 	if err != nil {
 		err = fmt.Errorf("insert a job: %w", err)
 	}
-	return id, err
+	return began, id, err
 }
 
 // insertMany puts n jobs in, in one transaction.

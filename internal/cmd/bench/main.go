@@ -50,6 +50,7 @@ type bench struct {
 }
 
 var benches = []bench{
+	{"handover", "INSERT to fenced accept on an idle fleet", false, handover},
 	{"throughput", "jobs through the whole path with work that does nothing", false, throughput},
 }
 

@@ -165,6 +165,28 @@ func Handover(ctx context.Context, url string) (Table, error) {
 	return t, nil
 }
 
+// Stock returns the times from a send to its handler of Asynq as it comes,
+// polling every poll (0: its default, 1 s), sorted: samples sends to each of
+// several agents side by side.
+func Stock(ctx context.Context, url string, poll time.Duration, agents, samples int) ([]time.Duration, error) {
+	opt, err := asynq.ParseRedisURI(url)
+	if err != nil {
+		return nil, err
+	}
+	c := asynq.NewClient(opt)
+	defer c.Close()
+	pause := poll
+	if pause == 0 {
+		pause = time.Second
+	}
+	took, err := handover(ctx, stock("", url, c, poll), agents, samples, pause)
+	if err != nil {
+		return nil, fmt.Errorf("measure Asynq polling every %v: %w", pause, err)
+	}
+	slices.Sort(took)
+	return took, nil
+}
+
 func f2(v float64) string { return strconv.FormatFloat(v, 'f', 2, 64) }
 
 // handover returns the times of samples sends to each of several agents.

@@ -33,9 +33,9 @@ type Config struct {
 	Models                []string
 	Labels                func(agent int) map[string]string // nil: none
 	Conns                 int32                             // of the agents to Postgres, all together; 0 means 12
-	Dispatchers           int           // 0 means 1
-	Renew                 time.Duration // 0 means 1 s
-	Lease                 time.Duration // 0 means 5 s
+	Dispatchers           int                               // 0 means 1
+	Renew                 time.Duration                     // 0 means 1 s
+	Lease                 time.Duration                     // 0 means 5 s
 	Dispatch              func(*dispatch.Config)
 	Log                   *slog.Logger // nil: discarded
 	// Work is an attempt: it returns when the attempt has done its work, or ctx

@@ -51,6 +51,8 @@ type bench struct {
 
 var benches = []bench{
 	{"handover", "INSERT to fenced accept on an idle fleet", false, handover},
+	{"kill", "kill -9 of a real agent to accepted elsewhere", true, kills},
+	{"freeze", "SIGSTOP of a real agent to accepted elsewhere", true, freezes},
 	{"throughput", "jobs through the whole path with work that does nothing", false, throughput},
 }
 
@@ -114,6 +116,9 @@ func choose(only string) ([]bench, error) {
 }
 
 func measure(ctx context.Context, b bench, g *ground, o options, out io.Writer) error {
+	if b.binaries && (o.python == "" || !runnable(filepath.Join(o.bin, "agent")) || !runnable(filepath.Join(o.bin, "dispatcher"))) {
+		return errors.New("it starts real processes: run `make bench`, which builds them, or say where they are with --bin and --trainer-python")
+	}
 	stop, err := profile(o.profile, b.name)
 	if err != nil {
 		return err
@@ -129,6 +134,11 @@ func measure(ctx context.Context, b bench, g *ground, o options, out io.Writer) 
 	}
 	fmt.Fprintf(out, "  (%s took %.0f s)\n", b.name, time.Since(began).Seconds())
 	return nil
+}
+
+func runnable(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && st.Mode().IsRegular() && st.Mode().Perm()&0o111 != 0
 }
 
 // profile starts a CPU profile; what it returns ends it.

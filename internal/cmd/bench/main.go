@@ -54,6 +54,7 @@ var benches = []bench{
 	{"kill", "kill -9 of a real agent to accepted elsewhere", true, kills},
 	{"freeze", "SIGSTOP of a real agent to accepted elsewhere", true, freezes},
 	{"throughput", "jobs through the whole path with work that does nothing", false, throughput},
+	{"trace", "Kueue's fleet trace on the real control plane", false, trace},
 }
 
 func run(ctx context.Context, args []string, out io.Writer) error {

@@ -5,6 +5,7 @@ package e2e_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -41,7 +42,13 @@ func TestMain(m *testing.M) {
 				return 1
 			}
 		}
-		return m.Run()
+		// The tests of faults wait for leases much more than they compute.
+		flag.Parse()
+		if err := flag.Set("test.parallel", "5"); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return storetest.Run(m)
 	}())
 }
 
@@ -65,6 +72,13 @@ func python(t *testing.T) string {
 
 func start(t *testing.T, settings ...string) *stack {
 	t.Helper()
+	return startOn(t, "", settings...)
+}
+
+// startOn is start on a migrated database of somebody else's; empty means a
+// cluster of the stack's own.
+func startOn(t *testing.T, database string, settings ...string) *stack {
+	t.Helper()
 	py := python(t)
 	root, err := filepath.Abs("../..")
 	if err != nil {
@@ -75,6 +89,7 @@ func start(t *testing.T, settings ...string) *stack {
 	settings = append([]string{"PATIENCE=0s", "LEASE=3s", "MIN_FREE_BYTES=1", "LOG_LEVEL=debug", "CHECKPOINT_EVERY=1s"}, settings...)
 	s, err := devstack.Start(t.Context(), devstack.Config{
 		Dir: dir, Bin: bin, Python: py, TrainerDir: filepath.Join(root, "scripts", "train"), BaseModels: []string{model}, GPUs: 2, Settings: settings,
+		DatabaseURL: database,
 	})
 	if err != nil {
 		if errors.Is(err, services.ErrMissing) && os.Getenv("CI") != "true" {
@@ -118,9 +133,9 @@ func (s *stack) must(err error) {
 	}
 }
 
-func (s *stack) dispatcher(name string) *devstack.Process {
+func (s *stack) dispatcher(name string, settings ...string) *devstack.Process {
 	s.t.Helper()
-	p, err := s.Dispatcher(s.t.Context(), name)
+	p, err := s.Dispatcher(s.t.Context(), name, settings...)
 	s.must(err)
 	return p
 }

@@ -328,12 +328,17 @@ func (x *run) uploadCheckpoint(ctx context.Context, e *wire.Event) error {
 	return nil
 }
 
-// addCheckpoint publishes a checkpoint that is in Storage. A database that is
-// away is waited for: what was uploaded should not be lost for it.
+// addCheckpoint publishes a checkpoint that is in Storage, after what was said
+// before it: whoever resumes from it does those steps no more, so that a kill
+// between the two would leave them unmeasured for ever. A database that is away
+// is waited for: what was uploaded should not be lost for it.
 func (x *run) addCheckpoint(ctx context.Context, c job.Checkpoint) error {
 	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		call, cancel := context.WithTimeout(ctx, 15*time.Second)
-		err := x.Store.AddCheckpoint(call, x.as.Ref, c)
+		err := x.ship.Flush(call)
+		if err == nil {
+			err = x.Store.AddCheckpoint(call, x.as.Ref, c)
+		}
 		cancel()
 		if err == nil || job.KindOf(err) == job.LeaseLost || store.IsData(err) || ctx.Err() != nil {
 			return err

@@ -38,6 +38,7 @@ type Shipper struct {
 	mu       sync.Mutex
 	progress *job.Progress // newest, nil when the sink has it
 	poke     chan struct{}
+	turn     chan struct{} // held by whoever carries: Run and a flush beside it
 }
 
 // interval is how long a batch may gather: the app's page polls every 5 s, a
@@ -53,7 +54,7 @@ const appendLimit = 15 * time.Second
 // New carries from sp to sink. isData tells errors about values, which trying
 // again cannot cure, from a database that is away.
 func New(ref job.Ref, sp *spool.Spool, sink Sink, isData func(error) bool, m *metrics.Agent, log *slog.Logger) *Shipper {
-	return &Shipper{ref: ref, spool: sp, sink: sink, permits: isData, metrics: m, log: log, poke: make(chan struct{}, 1)}
+	return &Shipper{ref: ref, spool: sp, sink: sink, permits: isData, metrics: m, log: log, poke: make(chan struct{}, 1), turn: make(chan struct{}, 1)}
 }
 
 // Accept puts one event of the trainer into the spool; events that are neither
@@ -102,6 +103,13 @@ func (s *Shipper) takeProgress() *job.Progress {
 	return p
 }
 
+// shows reports whether progress waits to be written.
+func (s *Shipper) shows() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.progress != nil
+}
+
 // giveBack keeps p for the next batch unless a newer one came.
 func (s *Shipper) giveBack(p *job.Progress) {
 	s.mu.Lock()
@@ -120,7 +128,7 @@ func (s *Shipper) Run(ctx context.Context) error {
 			return nil
 		case <-s.poke:
 		}
-		if err := s.carry(ctx); err != nil {
+		if err := s.carry(ctx, all); err != nil {
 			return err
 		}
 		select {
@@ -131,14 +139,15 @@ func (s *Shipper) Run(ctx context.Context) error {
 	}
 }
 
-// Flush carries everything that is in the spool, however long the database
-// takes, until ctx ends.
+// Flush carries what is in the spool now, however long the database takes,
+// until ctx ends. It may be called beside Run.
 func (s *Shipper) Flush(ctx context.Context) error {
-	if err := s.carry(ctx); err != nil {
+	last := s.spool.Last()
+	if err := s.carry(ctx, last); err != nil {
 		return err
 	}
-	if _, n := s.spool.Acked(), s.pending(); n > 0 {
-		return fmt.Errorf("flush the spool of %s: %d records are left: %w", s.ref, n, context.Cause(ctx))
+	if s.spool.Acked() < last {
+		return fmt.Errorf("flush the spool of %s: %d records are left: %w", s.ref, s.pending(), context.Cause(ctx))
 	}
 	return nil
 }
@@ -148,11 +157,24 @@ func (s *Shipper) pending() int {
 	return n
 }
 
-// carry writes until the spool is empty. It waits for a database that is away
-// with growing, jittered pauses.
-func (s *Shipper) carry(ctx context.Context) error {
+// all is beyond every record: carry until nothing is left.
+const all = math.MaxUint64
+
+// carry writes until the spool is empty, or the record upto and the newest
+// progress are written. It waits for a database that is away with growing,
+// jittered pauses.
+func (s *Shipper) carry(ctx context.Context, upto uint64) error {
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-ctx.Done():
+		return nil
+	}
 	wait := 200 * time.Millisecond
 	for {
+		if s.spool.Acked() >= upto && !s.shows() {
+			return nil
+		}
 		recs, err := s.spool.Read(s.spool.Acked(), most)
 		if err != nil {
 			return fmt.Errorf("read the spool of %s: %w", s.ref, err)

@@ -90,6 +90,8 @@ type host struct {
 	procs    []*process
 	trainers []*trainer // that compute
 	left     map[job.Ref]*left
+	again    bool   // a process that was stopped is followed by another one
+	reported string // boot of the process whose death was reported last
 	streamed string // boot of the process whose presence stream the dispatchers see
 }
 
@@ -153,6 +155,8 @@ func (h *host) exit(p *process, err error) {
 	case errors.Is(err, agent.ErrRestart):
 		w.res.Count["restart"]++
 		w.at(w.now()+between(r, 5*time.Millisecond, 300*time.Millisecond), r.Uint64(), h.begin)
+	case err == nil && h.again: // it was stopped for long enough already
+		w.at(w.now()+between(r, 5*time.Millisecond, 300*time.Millisecond), r.Uint64(), h.begin)
 	case err != nil: // a supervisor starts it again
 		if h.name != "twin" || w.plan.twin.has(w.now()) {
 			w.at(w.now()+between(r, time.Second, 4*time.Second), r.Uint64(), h.begin)
@@ -174,9 +178,7 @@ func (h *host) hit(k strike) {
 	case stop:
 		p.stopping = true
 		p.quit()
-		if k.after > 0 { // a supervisor that waits for the end, at last
-			w.at(w.plan.calm, w.dice(h.name, "at last").Uint64(), h.begin)
-		}
+		h.again = k.after > 0
 	case restart:
 		p.stopping = true
 		p.agent.Restart()
@@ -227,6 +229,7 @@ func (h *host) report(ref job.Ref, boot string, when instant, tries int) {
 		case reached && !h.life.cut.has(now) && !w.plan.away.has(now):
 			w.log(h.name, "reports the death of", ref)
 			if w.base.reportDeath(h.agent, boot, ref) {
+				h.reported = boot
 				w.res.Count["death report"]++
 			}
 		case tries > 0:
@@ -240,6 +243,11 @@ func (h *host) report(ref job.Ref, boot string, when instant, tries int) {
 func (h *host) stream() {
 	w, now := h.w, h.w.now()
 	p := h.proc
+	for _, o := range w.hosts { // the stream of the process that is registered
+		if a := w.base.agents[h.agent]; o.agent == h.agent && o.proc != nil && a != nil && a.proto.Boot == o.proc.name {
+			h, p = o, o.proc
+		}
+	}
 	up := p != nil && p.registered && !p.killed && !h.life.frozen.has(now) && !h.life.cut.has(now)
 	for _, s := range w.seats {
 		if s.d == nil {

@@ -97,6 +97,7 @@ type Agent struct {
 	stepAside  bool // no more accepts: the next process goes on
 	drain      drain
 	lastRenew  error
+	inTouch    time.Time // when the last registration or renewal that was answered was sent
 }
 
 // New puts an agent together.
@@ -201,11 +202,12 @@ func (a *Agent) register(ctx context.Context, left []heir) ([]job.Ref, error) {
 	}
 	var inUseSince time.Time
 	for {
+		sent := time.Now()
 		kept, err := a.Store.Register(ctx, a.Self, a.Config.Lease, adopt)
 		switch {
 		case err == nil:
 			a.mu.Lock()
-			a.registered = true
+			a.registered, a.inTouch = true, sent
 			a.mu.Unlock()
 			a.Log.InfoContext(ctx, "registered", "devices", len(a.Self.Devices), "base_models", a.Self.BaseModels, "adopted", len(kept))
 			return kept, nil
@@ -298,6 +300,9 @@ func (a *Agent) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.mu.Lock()
+	a.inTouch = sent
+	a.mu.Unlock()
 	if a.Dispatchers != nil {
 		a.Dispatchers(wanted.Dispatchers)
 	}
@@ -365,7 +370,6 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	}
 	ref := t.Ref
 	ref.Nonce = a.NewNonce()
-	sent := time.Now()
 	as, err := a.Store.Accept(ctx, a.Self, ref)
 	if err != nil && job.KindOf(err) != job.LeaseLost && ctx.Err() == nil {
 		// The answer may be lost though the accept was not: ask once more with
@@ -383,18 +387,18 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	}
 	a.Metrics.Accepts.WithLabelValues("accepted").Inc()
 	a.Log.Info("attempt accepted", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "device", as.Devices)
-	live := a.begin(as, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Run(ctx, as, live) })
-	live.Extend(a.Config.OutOfTouch - time.Since(sent))
+	a.begin(as, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Run(ctx, as, live) })
 	return nil
 }
 
-// begin runs an attempt in a goroutine that the agent waits for.
-func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.Context, *attempt.Live) error) *attempt.Live {
+// begin runs an attempt in a goroutine that the agent waits for. Its trainer's
+// time counts from the last renewal: an accept does not move the lease.
+func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.Context, *attempt.Live) error) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	live := &attempt.Live{Clock: a.Clock}
-	live.Extend(a.Config.OutOfTouch)
 	live.Free = func() { a.Ledger.Release(res) }
 	a.mu.Lock()
+	live.Extend(a.Config.OutOfTouch - time.Since(a.inTouch))
 	a.running[as.Ref] = &held{cancel: cancel, started: time.Now(), live: live}
 	if a.drain.on() && !time.Now().Before(a.drain.by) {
 		cancel(attempt.ErrPreempted)
@@ -416,7 +420,6 @@ func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.
 		a.mu.Unlock()
 		a.gauges()
 	})
-	return live
 }
 
 func (a *Agent) gauges() {

@@ -137,14 +137,10 @@ func newPlan(seed uint64) plan {
 	for range 2 {
 		p.dispatchers = append(p.dispatchers, life{from: sec(0.001, 0.5)})
 	}
-	most := 1
-	for _, n := range p.gpus {
-		most = max(most, n)
-	}
 	for i := range 2 + r.IntN(5) {
 		j := plannedJob{at: sec(0.3, 12), gpus: 1, work: sec(0.05, 8), user: fmt.Sprint("u", i%2), bad: chance(r, 3)}
-		if most > 1 && chance(r, 25) {
-			j.gpus = 2
+		if p.gpus[0] > 1 && chance(r, 25) {
+			j.gpus = 2 // the first host stays
 		}
 		if chance(r, 25) {
 			j.fails, j.fatal = 10+r.IntN(60), r.IntN(50)

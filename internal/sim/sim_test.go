@@ -45,3 +45,12 @@ func TestSimulation(t *testing.T) {
 	}
 	t.Logf("%d seeds, %.0f/s, %v virtual, %d events", n, float64(n)/time.Since(t0).Seconds(), virtual/time.Duration(n), events/n)
 }
+
+func TestASeedIsAlwaysTheSameWorld(t *testing.T) {
+	for seed := range *many {
+		a, b := simulate(t, Options{Seed: uint64(seed)}), simulate(t, Options{Seed: uint64(seed)})
+		if a.Hash != b.Hash || a.Events != b.Events || a.Virtual != b.Virtual {
+			t.Errorf("seed %d: %+v and %+v", seed, a, b)
+		}
+	}
+}

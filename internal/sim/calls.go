@@ -133,6 +133,7 @@ func call[T any](ctx context.Context, a *actor, what string, tx func() (T, error
 	}
 	w.at(there, key, func() {
 		now := w.now()
+		w.log(a.name, what)
 		switch {
 		case a.killed && a.killedAt < leaves:
 			return // while it was frozen

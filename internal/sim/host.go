@@ -440,19 +440,22 @@ func (p *process) follow(ctx context.Context, as job.Assignment, live *attempt.L
 		tick := time.NewTimer(p.jitter(shown))
 		select {
 		case <-t.ended:
-			tick.Stop()
+		case <-ctx.Done():
+		case <-p.dead:
+		case <-tick.C:
+		}
+		tick.Stop()
+		switch { // several may be true, and a select would take any
+		case is(p.dead):
+			<-p.w.over
+			return errOver
+		case ctx.Err() != nil:
+			return p.stopped(ctx, as, live, t)
+		case is(t.ended):
 			if !p.do("ended "+string(as.Ref.Job), func() {}) { // frozen, it hears of it later
 				return errOver
 			}
 			return p.settle(ctx, as, live, t, p.outcome(t.why))
-		case <-ctx.Done():
-			tick.Stop()
-			return p.stopped(ctx, as, live, t)
-		case <-p.dead:
-			tick.Stop()
-			<-p.w.over
-			return errOver
-		case <-tick.C:
 		}
 		shown = 3 * time.Second
 		if err := p.store.append(ctx, as.Ref); job.KindOf(err) == job.LeaseLost {
@@ -461,6 +464,15 @@ func (p *process) follow(ctx context.Context, as job.Assignment, live *attempt.L
 			}
 			return err
 		}
+	}
+}
+
+func is(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -483,11 +495,9 @@ func (p *process) outcome(why string) proto.Event {
 
 // stopped does what the end of ctx means.
 func (p *process) stopped(ctx context.Context, as job.Assignment, live *attempt.Live, t *trainer) error {
-	select {
-	case <-p.dead:
+	if is(p.dead) {
 		<-p.w.over
 		return errOver
-	default:
 	}
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, attempt.ErrHandOver):

@@ -3,10 +3,12 @@ module lorayard
 go 1.26.0
 
 require (
+	github.com/MicahParks/jwkset v0.11.4 // auth: the keys that Supabase Auth publishes
+	github.com/MicahParks/keyfunc/v3 v3.9.1 // auth: keeps them fresh for golang-jwt
 	github.com/NVIDIA/go-nvml v0.13.3-1 // reads the GPUs; NVIDIA's own binding, fixed by the mission
 	github.com/alicebob/miniredis/v2 v2.40.0 // dev stack: a Redis inside the process where none is installed
 	github.com/anishathalye/porcupine v1.3.1 // tests: whether a recorded history of concurrent calls has an order
-	github.com/golang-jwt/jwt/v5 v5.3.1 // dev stack: tokens of the local store
+	github.com/golang-jwt/jwt/v5 v5.3.1 // auth: tokens of Supabase users; dev stack: tokens of the local store
 	github.com/google/uuid v1.6.0 // boots, nonces and ids
 	github.com/hibiken/asynq v0.26.0 // the hand-over; fixed by the mission. The gate knows this version's dequeue: a test fails when it changes
 	github.com/jackc/pgx/v5 v5.12.0 // Postgres; fixed by the mission
@@ -16,6 +18,7 @@ require (
 	go.uber.org/goleak v1.3.0 // tests: no goroutine is left behind
 	golang.org/x/sync v0.24.0 // errgroup: goroutines that are waited for
 	golang.org/x/sys v0.49.0 // what package syscall lacks: subreaper, timerfd, pidfd, cgroup, socket options
+	golang.org/x/time v0.15.0 // auth: how often a stranger's key makes us ask; indirect of asynq too
 	pgregory.net/rapid v1.3.0 // tests: properties and state machines, with shrinking
 )
 
@@ -37,7 +40,6 @@ require (
 	golang.org/x/exp/typeparams v0.0.0-20231108232855-2478ac86f678 // indirect
 	golang.org/x/mod v0.41.0 // indirect
 	golang.org/x/text v0.42.0 // indirect
-	golang.org/x/time v0.14.0 // indirect
 	golang.org/x/tools v0.51.0 // indirect
 	google.golang.org/protobuf v1.36.12 // indirect
 	honnef.co/go/tools v0.8.2 // indirect

@@ -16,7 +16,7 @@ import (
 // arrow that is not drawn here, fails.
 var uses = map[string]string{
 	// The ground floor imports nothing of ours.
-	"job": "", "wire": "", "cost": "", "config": "", "daemon": "", "metrics": "", "proc": "", "spool": "", "storage": "",
+	"auth": "", "job": "", "wire": "", "cost": "", "config": "", "daemon": "", "metrics": "", "proc": "", "spool": "", "storage": "",
 	// One table of GPU classes serves devices, wishes and placement.
 	"gpu": "job", "place": "job",
 	// Each of these knows one outside thing.
@@ -57,7 +57,8 @@ var owner = map[string]string{
 	"github.com/NVIDIA/go-nvml":                "gpu/nvml",
 	"github.com/supabase-community/storage-go": "storage",
 	"github.com/prometheus/client_golang":      "metrics",
-	"github.com/golang-jwt/jwt":                "storage/local devstack",
+	"github.com/golang-jwt/jwt":                "auth storage/local devstack",
+	"github.com/MicahParks":                    "auth",
 	"os/exec":                                  "proc devstack devstack/services cmd/devstack",
 }
 

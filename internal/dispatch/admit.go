@@ -13,12 +13,20 @@ import (
 	"lorayard/internal/store"
 )
 
-// admit looks at every new row: what can be run joins the queue, what cannot is
-// failed in words for the user.
-func (d *Dispatcher) admit(ctx context.Context) error {
-	rows, err := d.Store.Unadmitted(ctx, batch)
-	if err != nil || len(rows) == 0 {
+// admit looks at every new row, or at those that came: what can be run joins the
+// queue, what cannot is failed in words for the user.
+func (d *Dispatcher) admit(ctx context.Context, came []job.ID) error {
+	rows, err := d.Store.Unadmitted(ctx, batch, came)
+	if err != nil {
+		d.news.Store(true)
 		return err
+	}
+	if len(rows) == batch {
+		d.news.Store(true) // there may be more
+		d.Wake()
+	}
+	if len(rows) == 0 {
+		return nil
 	}
 	if err := d.refresh(ctx, false); err != nil {
 		return err

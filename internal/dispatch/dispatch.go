@@ -9,6 +9,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,12 +43,12 @@ type Store interface {
 	Resign(ctx context.Context, id string) error
 	Listen(ctx context.Context, wake func(payload string)) error
 
-	Unadmitted(ctx context.Context, n int) ([]store.Row, error)
+	Unadmitted(ctx context.Context, n int, only []job.ID) ([]store.Row, error) // nil: all
 	Rates(ctx context.Context) (map[string]int64, error)
 	Admit(ctx context.Context, as []store.Admission) error
 	Refuse(ctx context.Context, id job.ID, message string) error
 
-	Waiting(ctx context.Context, n int) ([]store.Waiting, error)
+	Waiting(ctx context.Context, n int, only []job.ID) ([]store.Waiting, error) // nil: all
 	Running(ctx context.Context) ([]store.Running, error)
 	Users(ctx context.Context) ([]store.User, error)
 	Hosts(ctx context.Context) ([]store.Host, error)
@@ -91,12 +93,13 @@ type Dispatcher struct {
 
 	wake      chan struct{} // a round is wanted
 	vacant    chan struct{} // the leader resigned
-	news      atomic.Bool   // rows came, or jobs came back to the queue
+	news      atomic.Bool   // the queue may be other than we know
 	cancelled atomic.Bool   // a job without an attempt was cancelled
 	stale     atomic.Bool   // what is known of hosts is
 
 	mu   sync.Mutex
 	gone map[string]string // agent → boot: its presence stream ended and did not come back
+	came map[job.ID]bool   // rows that came, and jobs that came back to the queue or changed in it
 
 	known known     // what the leader remembers between rounds
 	lapse time.Time // when the next agent may be judged; zero: not before the next full round
@@ -104,7 +107,7 @@ type Dispatcher struct {
 
 // New puts a dispatcher together.
 func New(p Parts) *Dispatcher {
-	return &Dispatcher{Parts: p, wake: make(chan struct{}, 1), vacant: make(chan struct{}, 1), gone: map[string]string{}}
+	return &Dispatcher{Parts: p, wake: make(chan struct{}, 1), vacant: make(chan struct{}, 1), gone: map[string]string{}, came: map[job.ID]bool{}}
 }
 
 // Run leads whenever it can, until ctx ends; otherwise it stands by.
@@ -260,7 +263,12 @@ func (d *Dispatcher) heed(payload string) {
 		d.cancelled.Store(true)
 		d.news.Store(true) // it waits no longer
 	case "job":
-		d.news.Store(true)
+		d.mu.Lock()
+		if d.came[job.ID(id)] = true; len(d.came) > batch { // a flood, or nobody leads here
+			clear(d.came)
+			d.news.Store(true)
+		}
+		d.mu.Unlock()
 	default: // whatever was notified before we listened
 		d.news.Store(true)
 		d.cancelled.Store(true)
@@ -328,9 +336,17 @@ func (d *Dispatcher) goneAgents() []string {
 func (d *Dispatcher) Round(ctx context.Context, everything bool) error {
 	var errs []error
 	d.known.busy = false
-	if d.news.Swap(false) || everything {
+	d.mu.Lock()
+	came := slices.Collect(maps.Keys(d.came))
+	clear(d.came)
+	d.mu.Unlock()
+	if d.news.Swap(false) || everything || len(came) > batch/2 {
 		d.known.queue = false
-		errs = append(errs, d.admit(ctx))
+		errs = append(errs, d.admit(ctx, nil))
+	} else if len(came) > 0 {
+		slices.Sort(came) // the order of a map is nobody's
+		d.known.came = came
+		errs = append(errs, d.admit(ctx, came))
 	}
 	if d.cancelled.Swap(false) || everything {
 		errs = append(errs, d.settleCancelled(ctx))

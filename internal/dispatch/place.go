@@ -24,10 +24,11 @@ type known struct {
 	busy     bool              // the round under way, or the last one, assigned jobs and others wait
 
 	// waiting is the queue as it was last read, without what was assigned since;
-	// queue says that nothing came or came back. A settlement changes none of it,
-	// and there are as many of them as there are rounds.
+	// queue says that it holds but for the jobs in came. A settlement changes none
+	// of it, and there are as many of them as there are rounds.
 	waiting []store.Waiting
 	queue   bool
+	came    []job.ID
 	spare   int // so many more may be assigned before a user's further jobs are to be seen
 }
 
@@ -67,12 +68,22 @@ func (d *Dispatcher) place(ctx context.Context, explain bool) error {
 // look reads the queue when it is not what we know.
 func (d *Dispatcher) look(ctx context.Context) error {
 	k := &d.known
-	if k.queue && k.spare > 0 {
+	came := k.came
+	if k.came = nil; k.queue && k.spare > 0 {
+		if len(came) == 0 {
+			return nil
+		}
+		fresh, err := d.Store.Waiting(ctx, most, came)
+		if err != nil {
+			k.queue = false
+			return err
+		}
+		k.waiting = slices.DeleteFunc(k.waiting, func(w store.Waiting) bool { _, is := slices.BinarySearch(came, w.ID); return is })
+		k.waiting = append(k.waiting, fresh...)
 		return nil
 	}
-	waiting, err := d.Store.Waiting(ctx, most)
+	waiting, err := d.Store.Waiting(ctx, most, nil)
 	if err != nil {
-		d.news.Store(true)
 		return err
 	}
 	k.waiting, k.queue, k.spare = waiting, true, most

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -208,8 +209,10 @@ func (s dispatcherStore) Resign(ctx context.Context, id string) error {
 	return run(ctx, s.actor, "resign", func() error { s.w.base.resign(id); return nil })
 }
 
-func (s dispatcherStore) Unadmitted(ctx context.Context, _ int) ([]store.Row, error) {
-	return read(ctx, s.actor, "unadmitted", s.w.base.unadmitted)
+func (s dispatcherStore) Unadmitted(ctx context.Context, _ int, only []job.ID) ([]store.Row, error) {
+	return read(ctx, s.actor, "unadmitted", func() []store.Row {
+		return slices.DeleteFunc(s.w.base.unadmitted(), func(r store.Row) bool { return only != nil && !slices.Contains(only, r.ID) })
+	})
 }
 
 func (s dispatcherStore) Rates(ctx context.Context) (map[string]int64, error) {
@@ -224,8 +227,10 @@ func (s dispatcherStore) Refuse(ctx context.Context, id job.ID, _ string) error 
 	return run(ctx, s.actor, "refuse "+string(id), func() error { s.w.base.refuse(id); return nil })
 }
 
-func (s dispatcherStore) Waiting(ctx context.Context, _ int) ([]store.Waiting, error) {
-	return read(ctx, s.actor, "waiting", s.w.base.waitingJobs)
+func (s dispatcherStore) Waiting(ctx context.Context, _ int, only []job.ID) ([]store.Waiting, error) {
+	return read(ctx, s.actor, "waiting", func() []store.Waiting {
+		return slices.DeleteFunc(s.w.base.waitingJobs(), func(w store.Waiting) bool { return only != nil && !slices.Contains(only, w.ID) })
+	})
 }
 
 func (s dispatcherStore) Running(ctx context.Context) ([]store.Running, error) {

@@ -28,13 +28,15 @@ const unadmitted = `
 	SELECT t.id::text, t.user_id::text, t.preset_id, t.hyperparameters, t.gpu_config,
 	       d.user_id::text, d.deleted_at IS NOT NULL, d.status
 	FROM public.training_jobs t JOIN public.datasets d ON d.id = t.dataset_id
-	WHERE t.status = 'queued' AND t.external_job_id IS NULL
+	WHERE t.status = 'queued' AND t.external_job_id IS NULL%s
 	  AND NOT EXISTS (SELECT 1 FROM lorayard.jobs j WHERE j.job_id = t.id)
 	ORDER BY t.created_at, t.id LIMIT $1`
 
-// Unadmitted returns up to n rows that the app inserted and nobody looked at.
-func (s *Store) Unadmitted(ctx context.Context, n int) ([]Row, error) {
-	rows, err := s.pool.Query(ctx, unadmitted, n)
+// Unadmitted returns up to n rows that the app inserted and nobody looked at;
+// with only, those among them. All of them cost a look at every row that waits.
+func (s *Store) Unadmitted(ctx context.Context, n int, only []job.ID) ([]Row, error) {
+	query, args := among(unadmitted, "t.id", only, n)
+	rows, err := s.pool.Query(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("read new jobs: %w", err)
 	}
@@ -46,6 +48,14 @@ func (s *Store) Unadmitted(ctx context.Context, n int) ([]Row, error) {
 		return nil, fmt.Errorf("read new jobs: %w", err)
 	}
 	return out, nil
+}
+
+// among adds "one of only" to a query with a place for it; nil adds nothing.
+func among(query, column string, only []job.ID, args ...any) (string, []any) {
+	if only == nil {
+		return fmt.Sprintf(query, ""), args
+	}
+	return fmt.Sprintf(query, fmt.Sprintf(" AND %s = ANY ($%d::text[]::uuid[])", column, len(args)+1)), append(args, only)
 }
 
 const admit = `
@@ -128,14 +138,15 @@ const waiting = `
 	       CASE WHEN w.attempt = 0 THEN '{}' ELSE ARRAY(SELECT a.agent_id FROM lorayard.attempts a
 	             WHERE a.job_id = w.job_id AND a.outcome IN ('failed', 'lost') ORDER BY a.attempt DESC LIMIT 3) END
 	FROM (SELECT j.*, row_number() OVER (PARTITION BY j.user_id ORDER BY j.priority DESC, j.admitted_at, j.job_id) AS place
-	      FROM lorayard.jobs j WHERE j.state = 'queued' AND j.desired <> 'pause' AND j.not_before <= clock_timestamp()) w
+	      FROM lorayard.jobs j WHERE j.state = 'queued' AND j.desired <> 'pause' AND j.not_before <= clock_timestamp()%s) w
 	WHERE w.place <= $2 AND (SELECT t.status FROM public.training_jobs t WHERE t.id = w.job_id) = 'queued'
 	ORDER BY w.admitted_at, w.job_id LIMIT $1`
 
 // Waiting returns up to n jobs to place, oldest first, and of each user the
-// first WaitingOfUser.
-func (s *Store) Waiting(ctx context.Context, n int) ([]Waiting, error) {
-	rows, err := s.pool.Query(ctx, waiting, n, WaitingOfUser)
+// first WaitingOfUser; with only, those among them.
+func (s *Store) Waiting(ctx context.Context, n int, only []job.ID) ([]Waiting, error) {
+	query, args := among(waiting, "j.job_id", only, n, WaitingOfUser)
+	rows, err := s.pool.Query(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("read waiting jobs: %w", err)
 	}

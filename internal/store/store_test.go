@@ -290,7 +290,7 @@ func TestANewBootTakesTheOldOnesPlace(t *testing.T) {
 	if _, err := db.Store.Renew(t.Context(), a, ttl, store.AgentState{}, []job.Ref{ref}); !errors.Is(err, store.ErrReplaced) {
 		t.Errorf("the old process may renew: %v", err)
 	}
-	w, err := db.Store.Waiting(t.Context(), 10)
+	w, err := db.Store.Waiting(t.Context(), 10, nil)
 	if err != nil || len(w) != 1 || w[0].Attempt != 1 || len(w[0].Failed) != 1 || w[0].Failed[0] != "a" {
 		t.Errorf("waiting = %+v, %v", w, err)
 	}
@@ -716,7 +716,7 @@ func TestDesiredStates(t *testing.T) {
 	if status, err := db.Store.Settle(t.Context(), ref, back); err != nil || status != job.Queued {
 		t.Fatalf("settle: %s, %v", status, err)
 	}
-	if w, err := db.Store.Waiting(t.Context(), 10); err != nil || len(w) != 0 {
+	if w, err := db.Store.Waiting(t.Context(), 10, nil); err != nil || len(w) != 0 {
 		t.Errorf("a paused job waits to be placed: %v, %v", w, err)
 	}
 	if err := db.Store.Resume(t.Context(), id); err != nil {
@@ -725,7 +725,7 @@ func TestDesiredStates(t *testing.T) {
 	if err := db.Store.Prioritize(t.Context(), id, 7); err != nil {
 		t.Error(err)
 	}
-	if w, err := db.Store.Waiting(t.Context(), 10); err != nil || len(w) != 1 || w[0].Priority != 7 {
+	if w, err := db.Store.Waiting(t.Context(), 10, nil); err != nil || len(w) != 1 || w[0].Priority != 7 {
 		t.Errorf("waiting: %v, %v", w, err)
 	}
 

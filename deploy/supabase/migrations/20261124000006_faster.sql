@@ -123,13 +123,13 @@ END $$;
 CREATE OR REPLACE FUNCTION lorayard.settle(p_job uuid, p_attempt integer, p_nonce uuid, p_end jsonb)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
 DECLARE
+  v_job     lorayard.jobs;
   v_outcome text := p_end ->> 'outcome';
   v_status  text;
   v_final   text;
 BEGIN
-  PERFORM 1 FROM lorayard.jobs j
-  WHERE j.job_id = p_job AND j.attempt = p_attempt AND j.nonce = p_nonce AND j.state = 'accepted' FOR UPDATE;
-  IF NOT FOUND THEN
+  SELECT * INTO v_job FROM lorayard.jobs j WHERE j.job_id = p_job FOR UPDATE;
+  IF NOT FOUND OR v_job.attempt <> p_attempt OR v_job.nonce IS DISTINCT FROM p_nonce OR v_job.state <> 'accepted' THEN
     SELECT t.status INTO v_status FROM lorayard.attempts a JOIN public.training_jobs t ON t.id = a.job_id
     WHERE a.job_id = p_job AND a.attempt = p_attempt AND a.nonce = p_nonce AND a.outcome = v_outcome;
     RETURN coalesce(v_status, 'stale');
@@ -152,6 +152,144 @@ BEGIN
   END IF;
   PERFORM pg_catalog.pg_notify('lorayard', 'settled:' || p_job);
   RETURN v_final;
+END $$;
+
+-- A row is found by its key alone and judged after: asked with its status as
+-- well, a plan from when few rows had that status walked all of those that have
+-- it now, two milliseconds an accept with thousands queued.
+CREATE OR REPLACE FUNCTION lorayard.accept(p_agent text, p_boot uuid, p_job uuid, p_attempt integer, p_nonce uuid)
+RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
+DECLARE
+  v_job    lorayard.jobs;
+  v_now    timestamptz;
+  v_doc    jsonb;
+  v_status text;
+BEGIN
+  -- Held until the commit: a new process of this agent registers before, and
+  -- this one is refused, or after, and finds what was accepted.
+  PERFORM 1 FROM lorayard.agents a WHERE a.id = p_agent AND a.boot = p_boot FOR SHARE;
+  IF NOT FOUND THEN
+    RETURN NULL;
+  END IF;
+  SELECT * INTO v_job FROM lorayard.jobs j WHERE j.job_id = p_job FOR UPDATE;
+  IF NOT FOUND OR v_job.attempt <> p_attempt OR v_job.agent_id IS DISTINCT FROM p_agent THEN
+    RETURN NULL;
+  END IF;
+  IF v_job.state = 'assigned' THEN
+    SELECT t.status INTO v_status FROM public.training_jobs t WHERE t.id = p_job FOR UPDATE;
+    IF v_status IS DISTINCT FROM 'queued' THEN
+      RETURN NULL; -- cancelled meanwhile
+    END IF;
+    PERFORM 1 FROM lorayard.jobs o
+    WHERE o.agent_id = p_agent AND o.state = 'accepted' AND o.job_id <> p_job AND o.devices && v_job.devices;
+    IF FOUND THEN
+      RETURN NULL; -- a device has an owner
+    END IF;
+    v_now := pg_catalog.clock_timestamp();
+    UPDATE lorayard.jobs j SET state = 'accepted', nonce = p_nonce, waiting = '', start_earliest = NULL, start_latest = NULL WHERE j.job_id = p_job;
+    UPDATE lorayard.attempts a SET nonce = p_nonce, boot = p_boot, accepted_at = v_now, renewed_at = v_now
+    WHERE a.job_id = p_job AND a.attempt = p_attempt;
+    INSERT INTO lorayard.usage_intervals (job_id, attempt, device, user_id, class, micro_usd_per_hour, during)
+    SELECT p_job, p_attempt, d.uuid, v_job.user_id, d.class,
+      coalesce((SELECT r.micro_usd_per_hour FROM lorayard.rates r
+                WHERE r.class = d.class AND r.effective_from <= v_now ORDER BY r.effective_from DESC LIMIT 1), 0),
+      pg_catalog.tstzrange(v_now, v_now + interval '1 microsecond')
+    FROM lorayard.devices d WHERE d.uuid = ANY (v_job.devices);
+    UPDATE public.training_jobs t SET status = 'initializing', current_stage = 'initializing',
+      started_at = coalesce(t.started_at, v_now), error_message = NULL, retry_count = p_attempt - 1
+    WHERE t.id = p_job;
+    PERFORM lorayard.notify_user(p_job, 'job_started', 'Training started', 'Your training job has started.', 'low', '/training/jobs/' || p_job);
+  ELSIF v_job.state <> 'accepted' OR v_job.nonce IS DISTINCT FROM p_nonce THEN
+    RETURN NULL;
+  END IF;
+  SELECT pg_catalog.jsonb_build_object(
+    'user', v_job.user_id, 'devices', v_job.devices, 'spec', v_job.spec,
+    'dataset', pg_catalog.jsonb_build_object('id', d.id, 'name', d.name, 'bucket', d.storage_bucket, 'path', d.storage_path, 'bytes', d.file_size),
+    'checkpoints', coalesce((
+      SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('step', c.step, 'epoch', c.epoch, 'bucket', c.bucket, 'path', c.path,
+               'manifest_sha256', c.manifest_sha256, 'files', c.files) ORDER BY c.step DESC, c.attempt DESC)
+      FROM (SELECT * FROM public.checkpoints c WHERE c.job_id = p_job ORDER BY c.step DESC, c.attempt DESC LIMIT 4) c), '[]'))
+  INTO v_doc
+  FROM public.training_jobs t JOIN public.datasets d ON d.id = t.dataset_id WHERE t.id = p_job;
+  RETURN v_doc;
+END $$;
+
+CREATE OR REPLACE FUNCTION lorayard.may_write(p_job uuid, p_attempt integer, p_nonce uuid) RETURNS boolean
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+  v_job lorayard.jobs;
+BEGIN
+  SELECT * INTO v_job FROM lorayard.jobs j WHERE j.job_id = p_job FOR SHARE;
+  RETURN FOUND AND v_job.attempt = p_attempt AND v_job.nonce IS NOT DISTINCT FROM p_nonce AND v_job.state = 'accepted';
+END $$;
+
+-- A plan that was made while the tables were small reads all of them, as long
+-- as the connection lives; this one never does.
+CREATE OR REPLACE FUNCTION lorayard.renew(p_agent text, p_boot uuid, p_ttl interval, p_state jsonb, p_refs jsonb)
+RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' SET enable_seqscan = off AS $$
+DECLARE
+  v_now      timestamptz := pg_catalog.clock_timestamp();
+  v_agent    lorayard.agents;
+  v_was      boolean;
+  v_attempts jsonb := '[]';
+  r          record;
+BEGIN
+  -- A lease that a crash of the database forgets is waited out by the reaper:
+  -- no need for every agent to wait for the disk once a second.
+  PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
+  SELECT a.draining INTO v_was FROM lorayard.agents a WHERE a.id = p_agent AND a.boot = p_boot FOR NO KEY UPDATE;
+  IF NOT FOUND THEN
+    RAISE EXCEPTION 'agent % is run by another process now', p_agent USING ERRCODE = 'LY001';
+  END IF;
+  -- The lock may have been waited for: the lease counts from now.
+  v_now := pg_catalog.clock_timestamp();
+  UPDATE lorayard.agents a SET lease_until = greatest(a.lease_until, v_now + p_ttl), draining = coalesce((p_state ->> 'draining')::boolean, false)
+  WHERE a.id = p_agent RETURNING * INTO v_agent;
+  IF v_was <> v_agent.draining THEN
+    PERFORM pg_catalog.pg_notify('lorayard', 'agent:' || p_agent);
+  END IF;
+  IF pg_catalog.jsonb_array_length(p_refs) > 0 THEN
+    -- Jobs first, in order: a settlement under way is waited for before any of
+    -- its rows is touched. Without it, the two locked usage and attempts in
+    -- turns and deadlocked.
+    PERFORM 1 FROM lorayard.jobs j
+    WHERE j.job_id = ANY (ARRAY(SELECT l.job FROM pg_catalog.jsonb_to_recordset(p_refs) AS l(job uuid)))
+    ORDER BY j.job_id FOR KEY SHARE;
+    WITH mine AS (
+      SELECT j.job_id, j.attempt, j.nonce,
+        CASE WHEN t.status = 'cancelled' THEN 'cancel' ELSE j.desired END AS desired
+      FROM pg_catalog.jsonb_to_recordset(p_refs) AS l(job uuid, attempt integer, nonce uuid)
+      JOIN lorayard.jobs j ON j.job_id = l.job AND j.attempt = l.attempt AND j.nonce = l.nonce AND j.state = 'accepted' AND j.agent_id = p_agent
+      JOIN public.training_jobs t ON t.id = j.job_id
+    ), used AS (
+      UPDATE lorayard.usage_intervals u
+      SET during = pg_catalog.tstzrange(lower(u.during), greatest(upper(u.during), v_now))
+      FROM mine WHERE u.job_id = mine.job_id AND u.attempt = mine.attempt AND NOT u.closed
+    ), alive AS (
+      UPDATE lorayard.attempts a SET renewed_at = v_now
+      FROM mine WHERE a.job_id = mine.job_id AND a.attempt = mine.attempt
+    )
+    SELECT coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('job', m.job_id, 'attempt', m.attempt, 'nonce', m.nonce, 'desired', m.desired)), '[]')
+    INTO v_attempts FROM mine m;
+  END IF;
+  -- What this agent accepted and does not list, it does not run: both answers
+  -- of its accept were lost, or its end could not be written. An accept under
+  -- way is younger than the grace, which ends with the time that the list was
+  -- made at: this transaction may have waited for locks since.
+  FOR r IN SELECT j.job_id, j.attempt FROM lorayard.jobs j
+           JOIN lorayard.attempts t ON t.job_id = j.job_id AND t.attempt = j.attempt
+           WHERE j.agent_id = p_agent AND j.state = 'accepted' AND t.accepted_at < pg_catalog.now() - interval '10 seconds'
+             AND NOT EXISTS (SELECT 1 FROM pg_catalog.jsonb_to_recordset(p_refs) AS l(job uuid, attempt integer, nonce uuid)
+                             WHERE l.job = j.job_id AND l.attempt = j.attempt AND l.nonce = j.nonce)
+           ORDER BY j.job_id LOOP
+    PERFORM lorayard.lose_attempt(r.job_id, r.attempt, 'agent ' || p_agent || ' does not run it');
+  END LOOP;
+  RETURN pg_catalog.jsonb_build_object(
+    'cordoned', v_agent.cordoned,
+    'drain_in', extract(epoch FROM v_agent.drain_by - v_now),
+    'dispatchers', coalesce((SELECT pg_catalog.jsonb_agg(d.address ORDER BY d.address) FROM lorayard.dispatchers d
+                             WHERE d.address <> '' AND d.lease_until > v_now), '[]'),
+    'attempts', v_attempts);
 END $$;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA lorayard FROM PUBLIC;

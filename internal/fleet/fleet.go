@@ -43,6 +43,8 @@ type Config struct {
 	Work func(ctx context.Context, as job.Assignment)
 	// Accepted hears of each accepted attempt; nil hears nothing.
 	Accepted func(agent string, ref job.Ref)
+	// Settled hears of each attempt that its agent settled; nil hears nothing.
+	Settled func(agent string, ref job.Ref)
 }
 
 // Fleet is a running control plane.
@@ -212,6 +214,9 @@ func (r *idler) Run(ctx context.Context, as job.Assignment, live *attempt.Live) 
 	// As a real attempt does: until the database has a definite answer.
 	for {
 		_, err := r.Store.Settle(context.WithoutCancel(ctx), as.Ref, end)
+		if err == nil && r.c.Settled != nil {
+			r.c.Settled(r.agent, as.Ref)
+		}
 		if err == nil || job.KindOf(err) == job.LeaseLost || store.IsData(err) {
 			return err
 		}

@@ -32,13 +32,14 @@ const (
 type yard struct {
 	*devstack.Stack
 	dir           string
+	dispatcher    *devstack.Process
 	agents        map[string]*devstack.Process
 	user, dataset string
 }
 
 const oneTalk = `{"messages":[{"role":"user","content":"My chain slips."},{"role":"assistant","content":"Let us look at the wear first."}]}` + "\n"
 
-// settle down: the agents' lease and the reaper's patience of every yard.
+// yardLease is the agents' lease in every yard; the reaper has no patience there.
 const yardLease = 3 * time.Second
 
 func openYard(ctx context.Context, o options, agents int, settings ...string) (_ *yard, err error) {
@@ -76,7 +77,7 @@ func openYard(ctx context.Context, o options, agents int, settings ...string) (_
 		os.WriteFile(talks, []byte(strings.Repeat(oneTalk, 20)), 0o600)); err != nil {
 		return nil, fmt.Errorf("make a base model and data: %w", err)
 	}
-	if _, err := y.Dispatcher(ctx, "dispatcher"); err != nil {
+	if y.dispatcher, err = y.Dispatcher(ctx, "dispatcher"); err != nil {
 		return nil, err
 	}
 	for i := range agents {

@@ -54,6 +54,8 @@ var benches = []bench{
 	{"kill", "kill -9 of a real agent to accepted elsewhere", true, kills},
 	{"freeze", "SIGSTOP of a real agent to accepted elsewhere", true, freezes},
 	{"throughput", "jobs through the whole path with work that does nothing", false, throughput},
+	{"idle", "what a thousand agents without work cost", false, idle},
+	{"queued", "a real dispatcher with 10,000 jobs queued", true, queued},
 	{"trace", "Kueue's fleet trace on the real control plane", false, trace},
 }
 

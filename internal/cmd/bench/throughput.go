@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"lorayard/internal/fleet"
+	"lorayard/internal/job"
 	"lorayard/internal/queue/queuebench"
 )
 
@@ -31,14 +32,15 @@ func throughput(ctx context.Context, g *ground, o options) (_ queuebench.Table, 
 			return queuebench.Table{}, err
 		}
 	}
-	fl, err := fleet.Start(ctx, fleet.Config{DatabaseURL: f.url, RedisURL: g.redis.URL(), Agents: agents, GPUs: gpus, Models: []string{model}})
+	settled := make(chan struct{}, 1<<16)
+	fl, err := fleet.Start(ctx, fleet.Config{
+		DatabaseURL: f.url, RedisURL: g.redis.URL(), Agents: agents, GPUs: gpus, Models: []string{model},
+		Settled: func(string, job.Ref) { settled <- struct{}{} },
+	})
 	if err != nil {
 		return queuebench.Table{}, err
 	}
 	defer func() { err = errors.Join(err, fl.Stop()) }()
-	listen, cancel := context.WithCancel(ctx)
-	defer cancel()
-	settled := f.settled(listen)
 	before, err := f.spent()
 	if err != nil {
 		return queuebench.Table{}, err

@@ -61,8 +61,10 @@ func trace(ctx context.Context, g *ground, o options) (_ queuebench.Table, err e
 	for _, s := range sizes {
 		runs[s.slots] = s.runs
 	}
+	settled := make(chan struct{}, 1<<16)
 	fl, err := fleet.Start(ctx, fleet.Config{
 		DatabaseURL: f.url, RedisURL: g.redis.URL(), Agents: cohorts * hosts, GPUs: 20, Models: []string{model},
+		Settled:  func(string, job.Ref) { settled <- struct{}{} },
 		Labels:   func(i int) map[string]string { return map[string]string{"cohort": fmt.Sprint(i / hosts)} },
 		Dispatch: func(c *dispatch.Config) { c.UserGPUs = 120 },
 		Work:     func(ctx context.Context, as job.Assignment) { _ = sleep(ctx, runs[len(as.Devices)]) },
@@ -71,9 +73,6 @@ func trace(ctx context.Context, g *ground, o options) (_ queuebench.Table, err e
 		return queuebench.Table{}, err
 	}
 	defer func() { err = errors.Join(err, fl.Stop()) }()
-	listen, cancel := context.WithCancel(ctx)
-	defer cancel()
-	settled := f.settled(listen)
 	before, err := f.spent()
 	if err != nil {
 		return queuebench.Table{}, err

@@ -10,11 +10,12 @@ export CGO_CFLAGS := -O2 -Wno-deprecated-declarations
 PYTHON = $(shell cat .data/python)
 PYRIGHT = $(shell cat .data/pyright)
 TRAIN := scripts/train
+BENCH ?=
 DATA ?= $(TRAIN)/testdata/demo.jsonl
 
 .PHONY: help
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 .PHONY: setup
 setup: ## install what the demo needs and is missing
@@ -67,7 +68,11 @@ pytest: ## the trainer's tests, on the CPU
 	@cd $(TRAIN) && $(PYTHON) -m pytest -p no:cacheprovider
 
 .PHONY: bench
-bench: ## print benchmark tables
+bench: setup build ## print the benchmark tables, about 8 minutes (BENCH="--only handover --profile dir"; more: BENCH=--help)
+	@go run ./internal/cmd/bench --trainer-python "$(PYTHON)" $(BENCH)
+
+.PHONY: microbench
+microbench: ## run the Go benchmarks of single rooms
 	@go test -run '^$$' -bench . -benchmem ./...
 
 .PHONY: clean

@@ -108,8 +108,8 @@ func queued(ctx context.Context, _ *ground, o options) (_ queuebench.Table, err 
 		`INSERT INTO lorayard.devices (uuid, agent_id, index, name, class, memory_bytes) SELECT 'GPU-' || n || '-' || d, 'host-' || n, d, 'A100', 'A100-80GB', 80000000000 FROM generate_series(1, ` + strconv.Itoa(hosts) + `) n, generate_series(0, 7) d`,
 		`INSERT INTO auth.users (id) SELECT gen_random_uuid() FROM generate_series(1, ` + strconv.Itoa(users) + `)`,
 		`INSERT INTO datasets (user_id, name, storage_path, file_name, file_size, status, training_ready) SELECT id, 'talks', id || '/train.jsonl', 'train.jsonl', 1000, 'ready', true FROM auth.users`,
-		`INSERT INTO training_jobs (user_id, dataset_id, preset_id, hyperparameters, gpu_config, status, current_stage, total_epochs, total_steps, current_metrics)
-			SELECT d.user_id, d.id, 'balanced', '{"learning_rate": 5e-5, "batch_size": 4, "epochs": 3, "rank": 16, "alpha": 32, "dropout": 0.1}', '{"type": "A100-80GB", "count": 1}', 'queued', 'queued', 3, 120, '{}'
+		`INSERT INTO training_jobs (user_id, dataset_id, preset_id, hyperparameters, gpu_config, status, current_stage, total_epochs, total_steps, current_metrics, estimated_total_cost)
+			SELECT d.user_id, d.id, 'balanced', '{"learning_rate": 5e-5, "batch_size": 4, "epochs": 3, "rank": 16, "alpha": 32, "dropout": 0.1}', '{"type": "A100-80GB", "count": 1}', 'queued', 'queued', 3, 120, '{}', 2.5
 			FROM datasets d, generate_series(1, ` + strconv.Itoa(each) + `)`,
 	} {
 		if _, err := y.Pool.Exec(ctx, sql); err != nil {

@@ -28,6 +28,11 @@ type Sink interface {
 
 // Shipper is one attempt's carrier.
 type Shipper struct {
+	// Clock is added to every time that this host stamped: the database's clock
+	// minus the host's. A job that moves between hosts has one curve, whose
+	// points must not go back in time. To be set before anything is carried.
+	Clock time.Duration
+
 	ref     job.Ref
 	spool   *spool.Spool
 	sink    Sink
@@ -211,7 +216,7 @@ func (s *Shipper) carry(ctx context.Context, upto uint64) error {
 // database refuses for its values is halved until the one record is found and
 // dropped: it must not hold up the others.
 func (s *Shipper) write(ctx context.Context, recs []spool.Record, p *job.Progress) error {
-	samples, lines := decode(recs)
+	samples, lines := s.decode(recs)
 	// A connection that went silent must not hold the spool for as long as the
 	// kernel takes to notice.
 	call, cancel := context.WithTimeout(ctx, appendLimit)
@@ -245,7 +250,7 @@ func (s *Shipper) ack(recs []spool.Record) error {
 
 // decode turns spooled events into rows. Their seq is the spool's, which the
 // agent's own lines share.
-func decode(recs []spool.Record) (samples []job.Sample, lines []job.Line) {
+func (s *Shipper) decode(recs []spool.Record) (samples []job.Sample, lines []job.Line) {
 	for _, r := range recs {
 		var e wire.Event
 		if err := json.Unmarshal(r.Data, &e); err != nil {
@@ -253,17 +258,17 @@ func decode(recs []spool.Record) (samples []job.Sample, lines []job.Line) {
 		}
 		switch e.Ev {
 		case "sample", "eval":
-			s := job.Sample{
-				Seq: r.Seq, At: e.At(), Step: e.Step, Epoch: float64(e.Epoch), Loss: float64(e.Loss),
+			sample := job.Sample{
+				Seq: r.Seq, At: e.At().Add(s.Clock), Step: e.Step, Epoch: float64(e.Epoch), Loss: float64(e.Loss),
 				LearningRate: float64(e.LearningRate), GradNorm: float64(e.GradNorm), TokensPerSecond: float64(e.TokensPerSecond), Skipped: e.Skipped,
 			}
 			if e.Ev == "eval" {
 				// An evaluation has no gradient and no throughput of its own.
-				s.ValidationLoss, s.GradNorm, s.TokensPerSecond = Finite(e.ValidationLoss), math.NaN(), math.NaN()
+				sample.ValidationLoss, sample.GradNorm, sample.TokensPerSecond = Finite(e.ValidationLoss), math.NaN(), math.NaN()
 			}
-			samples = append(samples, s)
+			samples = append(samples, sample)
 		case "log":
-			lines = append(lines, job.Line{Seq: r.Seq, At: e.At(), Level: e.Level, Message: e.Message, Code: string(e.Code)})
+			lines = append(lines, job.Line{Seq: r.Seq, At: e.At().Add(s.Clock), Level: e.Level, Message: e.Message, Code: string(e.Code)})
 		}
 	}
 	return samples, lines

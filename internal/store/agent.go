@@ -145,13 +145,15 @@ func (s *Store) Renew(ctx context.Context, a Agent, ttl time.Duration, state Age
 	return w, nil
 }
 
-const accept = `SELECT lorayard.accept($1, $2, $3, $4, $5)`
+const accept = `SELECT lorayard.accept($1, $2, $3, $4, $5), clock_timestamp()`
 
 // Accept takes an assigned attempt with the nonce in ref. A stale attempt
 // gives a failure of kind LeaseLost. Asking again with the same nonce is safe.
 func (s *Store) Accept(ctx context.Context, a Agent, ref job.Ref) (job.Assignment, error) {
 	var raw []byte
-	if err := s.pool.QueryRow(ctx, accept, a.ID, a.Boot, string(ref.Job), ref.Attempt, ref.Nonce).Scan(&raw); err != nil {
+	var now time.Time
+	sent := time.Now()
+	if err := s.pool.QueryRow(ctx, accept, a.ID, a.Boot, string(ref.Job), ref.Attempt, ref.Nonce).Scan(&raw, &now); err != nil {
 		return job.Assignment{}, fmt.Errorf("accept %s: %w", ref, err)
 	}
 	if raw == nil {
@@ -161,6 +163,8 @@ func (s *Store) Accept(ctx context.Context, a Agent, ref job.Ref) (job.Assignmen
 	if err := json.Unmarshal(raw, &as); err != nil {
 		return job.Assignment{}, fmt.Errorf("accept %s: decode assignment: %w", ref, err)
 	}
+	// The database looked at its clock somewhere between.
+	as.Clock = now.Sub(sent.Add(time.Since(sent) / 2))
 	return as, nil
 }
 

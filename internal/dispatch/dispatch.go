@@ -128,10 +128,11 @@ func (d *Dispatcher) Run(ctx context.Context) error {
 			d.pause(ctx, d.Config.Term/3, d.vacant)
 		}
 	}
-	// Make room at once, instead of after our term.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	// Make room at once, instead of after our term. Not under the name ctx: the
+	// listener may not have begun to read that one, and would never end.
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	if err := d.Store.Resign(ctx, d.Self.ID); err != nil {
+	if err := d.Store.Resign(last, d.Self.ID); err != nil {
 		d.Log.WarnContext(ctx, "not resigned; a standby leads when the term is over", "err", err)
 	}
 	return nil

@@ -23,6 +23,7 @@ type base struct {
 	agents map[string]*agentRow
 	leader leader
 	ears   []*ear
+	era    instant // when it was rolled back for the last time; 0: never
 }
 
 // row is a job.
@@ -40,6 +41,8 @@ type row struct {
 	waiting  string
 	usage    []usage
 	paid     []cost.MicroUSD // cost records
+	past     []row           // where the database may be rolled back to, oldest first
+	since    instant         // of this state
 }
 
 // usage is the time of an attempt on one device.
@@ -93,6 +96,7 @@ func (b *base) standing(id string, patience time.Duration) proto.Agent {
 // lease that begins: how long it lasts is the caller's.
 func (b *base) next(r *row, agent string, e proto.Event, patience time.Duration) proto.Answer {
 	before := r.Job
+	r.remember(b.plan.rollBacks)
 	as := b.standing(agent, patience)
 	s, ans := b.rules.Next(proto.State{Job: r.Job, Agent: as}, e)
 	r.Job = s.Job
@@ -105,9 +109,58 @@ func (b *base) next(r *row, agent string, e proto.Event, patience time.Duration)
 	if often := e.Do == proto.Renew || e.Do == proto.Append || e.Do == proto.Register; ans.Kind == proto.Done && !often || r.Control != before.Control || r.Status != before.Status {
 		b.log("base", string(e.Do), r.id, len(r.Attempts), agent, e.Boot, e.Outcome, "→", r.Control, r.Status)
 	}
+	if r.Control != before.Control {
+		r.since = b.now()
+	}
 	b.book(r, before, e)
 	b.judge(r, before, e, ans)
 	return ans
+}
+
+// remember keeps a state that the database may be rolled back to.
+func (r *row) remember(rollBacks []rollBack) {
+	if len(rollBacks) == 0 || r.Control != proto.Queued && r.Control != proto.Assigned || len(r.past) > 0 && r.past[len(r.past)-1].since == r.since {
+		return
+	}
+	was := *r
+	was.past, was.usage = nil, slices.Clone(r.usage)
+	r.past = append(r.past, was)
+}
+
+// rollBack is a failover to a copy that has not seen the last commits: accepts,
+// and assignments before them. A settlement that is rolled back is more than
+// the rules can stand, and so is a job's failure or loss.
+func (b *base) rollBack(lag time.Duration) {
+	to := b.now() - lag
+	for _, r := range b.rows {
+		for i, was := range slices.Backward(r.past) {
+			next := r.since // when that state ended
+			if i+1 < len(r.past) {
+				next = r.past[i+1].since
+			}
+			_, n := r.Current()
+			_, m := was.Current()
+			if next <= to || r.Status.Final() || r.Control == proto.Queued || n > m+1 || n == m && was.Control == proto.Queued {
+				break
+			}
+			status, wanted := r.Status, r.Desired
+			past := r.past[:i]
+			*r = was
+			r.past, r.since = past, b.now()
+			if status == job.Cancelled {
+				r.Status = status
+			}
+			if wanted == job.DesirePause {
+				r.Desired = wanted
+			}
+			b.log("base", "forgets what became of", r.id, "→", r.Control, len(r.Attempts))
+			b.res.Count["rolled back"]++
+			b.era = b.now()
+			if was.since <= to {
+				break
+			}
+		}
+	}
 }
 
 // book keeps the books that the protocol does not know: devices, usage, money.
@@ -144,7 +197,7 @@ func (b *base) book(r *row, before proto.Job, e proto.Event) {
 			b.notify("job:" + string(r.id))
 		}
 	}
-	if r.Settlements > before.Settlements && (len(r.paid) == 0 || b.rules.PayTwice) {
+	if r.Settlements > before.Settlements && len(r.paid) == 0 {
 		if total, used := r.bill(); used > 0 {
 			r.paid = append(r.paid, total)
 		}
@@ -231,6 +284,9 @@ func (b *base) resign(id string) {
 }
 
 func (b *base) unadmitted() (out []store.Row) {
+	if b.rules.NeverAdmit {
+		return nil
+	}
 	for _, r := range b.rows {
 		if r.admitted == 0 && r.Status == job.Queued {
 			preset := "fast"
@@ -473,7 +529,9 @@ func (b *base) register(self store.Agent, ttl time.Duration, adopt []job.Ref) ([
 				e.Attempt, e.Nonce = ref.Attempt, ref.Nonce
 			}
 		}
+		was := r.Job
 		b.next(r, self.ID, e, 0)
+		b.checkHeir(r, was, self)
 	}
 	a.proto, a.self, a.draining = s.Agent, self, false
 	a.until = max(a.until, b.now()+ttl)
@@ -504,13 +562,20 @@ func (b *base) renew(self store.Agent, ttl time.Duration, st store.AgentState, r
 	}
 	w := store.Wanted{Attempts: map[job.Ref]job.Desired{}}
 	for _, r := range b.rows {
-		i := slices.IndexFunc(refs, func(ref job.Ref) bool { return ref.Job == r.id })
+		i := -1 // an agent may still be about to settle an earlier attempt
+		for k, ref := range refs {
+			if ref.Job == r.id && (i < 0 || r.Held(ref.Attempt, ref.Nonce)) {
+				i = k
+			}
+		}
 		e.Attempt, e.Nonce = 0, ""
 		if i >= 0 {
 			e.Attempt, e.Nonce = refs[i].Attempt, refs[i].Nonce
 		}
 		e.Unlisted = r.accepted < now-unlisted
+		was := r.Job
 		ans := b.next(r, self.ID, e, 0)
+		b.checkUnlisted(r, was)
 		if i < 0 || ans.Desired == "" {
 			continue
 		}

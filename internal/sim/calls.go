@@ -202,6 +202,9 @@ func read[T any](ctx context.Context, a *actor, what string, tx func() T) (T, er
 type dispatcherStore struct{ *actor }
 
 func (s dispatcherStore) Campaign(ctx context.Context, d store.Dispatcher, ttl time.Duration) (int64, error) {
+	if s.w.Mutant.LeadAlways {
+		return read(ctx, s.actor, "campaign", func() int64 { s.w.base.campaign(d.ID, ttl); return 1 })
+	}
 	return read(ctx, s.actor, "campaign", func() int64 { return s.w.base.campaign(d.ID, ttl) })
 }
 
@@ -351,13 +354,15 @@ func (s agentStore) Register(ctx context.Context, a store.Agent, ttl time.Durati
 
 func (s agentStore) Renew(ctx context.Context, a store.Agent, ttl time.Duration, st store.AgentState, refs []job.Ref) (store.Wanted, error) {
 	m := s.w.Mutant
-	if m.ForgetDrain {
-		st.Draining = false
+	list := refs
+	if m.ListNothing {
+		list = nil
 	}
-	w, err := call(ctx, s.actor, "renew", func() (store.Wanted, error) { return s.w.base.renew(a, ttl, st, refs) })
+	w, err := call(ctx, s.actor, "renew", func() (store.Wanted, error) { return s.w.base.renew(a, ttl, st, list) })
 	if err != nil {
 		return w, err
 	}
+	s.p.heard(list, w)
 	for _, ref := range refs {
 		switch d, mine := w.Attempts[ref]; {
 		case !mine && m.IgnoreLost:
@@ -366,7 +371,6 @@ func (s agentStore) Renew(ctx context.Context, a store.Agent, ttl time.Duration,
 			w.Attempts[ref] = job.DesireRun
 		}
 	}
-	s.p.heard(refs, w)
 	return w, nil
 }
 
@@ -463,7 +467,7 @@ func (q *redis) deliver(s queue.Send, era int) {
 	now := q.now()
 	var open []*process
 	for _, h := range q.hosts {
-		if p := h.proc; h.agent == s.Agent && p != nil && !p.killed && !p.ended && !h.life.frozen.has(now) && !h.life.cut.has(now) && p.agent.Ready() == nil {
+		if p := h.proc; h.agent == s.Agent && p != nil && !p.killed && !p.ended && !h.life.cut.has(now) && p.agent.Ready() == nil {
 			open = append(open, p)
 		}
 	}
@@ -473,5 +477,15 @@ func (q *redis) deliver(s queue.Send, era int) {
 		}
 		return
 	}
-	open[r.IntN(len(open))].take(s.Task)
+	p := open[r.IntN(len(open))]
+	if thaw := p.life.frozen.end(now); thaw > now { // its socket has it
+		q.at(thaw+between(r, 1, time.Millisecond), r.Uint64(), func() {
+			if p.killed || p.ended {
+				return
+			}
+			p.take(s.Task)
+		})
+		return
+	}
+	p.take(s.Task)
 }

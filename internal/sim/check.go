@@ -9,6 +9,7 @@ import (
 	"lorayard/internal/gpu"
 	"lorayard/internal/job"
 	"lorayard/internal/proto"
+	"lorayard/internal/store"
 )
 
 // patienceAfter is how long after the last fault everything may take to settle.
@@ -52,6 +53,8 @@ func (b *base) judge(r *row, before proto.Job, e proto.Event, ans proto.Answer) 
 		b.wrong("%s is %s though it was cancelled first", r.id, j.Status)
 	case e.Do == proto.Settle && ans.Kind == proto.Stale && e.Attempt <= n && j.Attempts[e.Attempt-1].Nonce == e.Nonce && j.Attempts[e.Attempt-1].Outcome == e.Outcome:
 		b.wrong("an agent is told that it lost %s, which it settled", r.id)
+	case e.Do == proto.Accept && ans.Kind != proto.Done && before.Held(e.Attempt, e.Nonce) && old.Agent == e.Agent && old.Boot == e.Boot && b.agents[e.Agent].proto.Boot == e.Boot:
+		b.wrong("an agent is told that it did not accept %s, which it did", r.id)
 	case ans.Kind == proto.Refused:
 		b.wrong("%s of %s is refused by the guard of final statuses", e.Do, r.id)
 	case e.Do == proto.Lose && ans.Kind == proto.Done && !b.silent(old.Agent):
@@ -139,7 +142,7 @@ func (w *world) checkZombies(r *row, ref job.Ref) {
 			w.res.Count["zombie"]++
 			// The report of one death ends the agent's lease, and with it all its
 			// attempts: other shims may be about to end their trainers.
-			if w.plan.strict && h.reported != t.proc.name {
+			if w.plan.strict && h.reported != t.proc.name && w.base.era == 0 {
 				w.wrong("a trainer computes for attempt %d of %s, which is not accepted any more", ref.Attempt, ref.Job)
 			}
 		}
@@ -155,7 +158,7 @@ func (w *world) checkStart(t *trainer) {
 			}
 		}
 	}
-	if r := w.base.byID[t.ref.Job]; w.plan.strict && !r.Held(t.ref.Attempt, t.ref.Nonce) {
+	if r := w.base.byID[t.ref.Job]; w.plan.strict && !r.Held(t.ref.Attempt, t.ref.Nonce) && w.base.era == 0 {
 		w.wrong("a trainer begins for attempt %d of %s, which is not accepted any more", t.ref.Attempt, t.ref.Job)
 	}
 }
@@ -169,20 +172,71 @@ func (w *world) checkObeyed(p *process, ref job.Ref) {
 	if t == nil || t.gone {
 		return
 	}
-	w.at(from+time.Second, 0, func() {
+	within := time.Second
+	if t.leaving { // its time to do so is not cut short
+		within += leaveGrace
+	}
+	w.at(from+within, uint64(t.ref.Attempt), func() {
+		if t.leaving && within == time.Second {
+			return
+		}
 		if !t.gone && t.proc == p && !p.killed && !p.ended && !p.life.frozen.touch(from, w.now()) {
-			w.wrong("a trainer goes on although its agent heard that %v is lost", ref)
+			w.wrong("a trainer goes on although its agent heard that %v is lost, or cancelled", ref)
 		}
 	})
+}
+
+// checkHeir looks at what a registration did to an attempt of this agent.
+func (b *base) checkHeir(r *row, was proto.Job, self store.Agent) {
+	cur, n := r.Current()
+	if r.Control == proto.Accepted && cur.Agent == self.ID && cur.Boot != self.Boot {
+		b.wrong("%s stays accepted by %s, which is not there any more", r.id, cur.Boot)
+	}
+	if was.Control != proto.Accepted || r.Control == proto.Accepted {
+		return
+	}
+	for _, h := range b.hosts {
+		if l := h.left[job.Ref{Job: r.id, Attempt: n, Nonce: cur.Nonce}]; h.name == self.Instance && l != nil {
+			b.wrong("attempt %d of %s was left to the next process, which does not want it", n, r.id)
+		}
+	}
+}
+
+// checkUnlisted looks at an attempt that a renewal lost because it does not
+// list it: nobody runs it.
+func (b *base) checkUnlisted(r *row, was proto.Job) {
+	if was.Control != proto.Accepted || r.Control == proto.Accepted {
+		return
+	}
+	cur, n := was.Current()
+	b.res.Count["unlisted"]++
+	for _, h := range b.hosts {
+		for _, p := range h.procs {
+			p.mu.Lock()
+			t := p.under[job.Ref{Job: r.id, Attempt: n, Nonce: cur.Nonce}]
+			p.mu.Unlock()
+			if t != nil && !p.killed && !p.ended {
+				b.wrong("attempt %d of %s is lost as if nobody ran it", n, r.id)
+			}
+		}
+	}
+}
+
+// checkResume looks at an attempt that a process goes on with: it has just been
+// told that it may.
+func (w *world) checkResume(p *process, ref job.Ref) {
+	if r := w.base.byID[ref.Job]; !r.Held(ref.Attempt, ref.Nonce) && w.base.era == 0 {
+		w.wrong("%s goes on with %v, which is not its own", p.name, ref)
+	}
 }
 
 // checkLate looks at an assignment that is taken back because nobody accepted
 // it in time: where nothing broke, one of its sends has arrived.
 func (b *base) checkLate(r *row) {
 	now := b.now()
-	from := r.assigned - 8*time.Second
+	from := r.assigned - 2*time.Second
 	p := &b.plan
-	if p.lostCall+p.lostAnswer+p.slowCall > 0 || p.twin.to > 0 || p.away.touch(from, now) || p.redisAway.touch(from, now) || r.Status == job.Cancelled {
+	if p.lostCall+p.lostAnswer+p.slowCall+len(p.rollBacks) > 0 || p.twin.to > 0 || p.away.touch(from, now) || p.redisAway.touch(from, now) || r.Status == job.Cancelled {
 		return
 	}
 	for _, d := range p.dispatchers {
@@ -212,7 +266,7 @@ func (w *world) checkRefusal(p *process, t job.Task, err error, others bool) {
 	}
 	w.res.Count["refused for devices"]++
 	pl := &w.plan
-	if len(p.life.frozen)+len(p.life.cut)+len(p.life.strikes)+len(pl.away)+pl.lostCall+pl.lostAnswer+pl.slowCall > 0 || pl.twin.to > 0 {
+	if len(p.life.frozen)+len(p.life.cut)+len(p.life.strikes)+len(pl.away)+pl.lostCall+pl.lostAnswer+len(pl.rollBacks) > 0 || pl.twin.to > 0 {
 		return
 	}
 	w.wrong("agent %s refuses %v, which it has the devices for: %v", p.name, t.Ref, err)

@@ -59,6 +59,9 @@ func (w *world) populate() {
 	for _, t := range p.flushes {
 		at(t, func() { w.redis.era++; w.log("redis", "is flushed") })
 	}
+	for _, x := range p.rollBacks {
+		at(x.at, func() { w.base.rollBack(x.lag) })
+	}
 	var look func()
 	look = func() { w.at(w.now()+50*time.Millisecond+1, 0, look) }
 	look()
@@ -198,11 +201,16 @@ func (h *host) orphan(p *process) {
 			continue
 		}
 		r := w.dice(t.ref.String(), "orphan")
+		w.at(w.now()+5*time.Second, r.Uint64(), func() {
+			if !t.gone && t.proc == p {
+				w.wrong("%v goes on though its agent is dead", t.ref)
+			}
+		})
 		if w.Mutant.NoOrphanKill {
 			continue
 		}
 		dies := w.now() + between(r, time.Millisecond, 60*time.Millisecond)
-		if chance(r, 15) {
+		if chance(r, 30) {
 			dies += between(r, 0, 3*time.Second) // the kernel takes its time
 		}
 		report := !chance(r, w.plan.silentDeath)
@@ -307,7 +315,7 @@ func (p *process) take(t job.Task) {
 // heard notes what a renewal told: what is lost has to end.
 func (p *process) heard(refs []job.Ref, w store.Wanted) {
 	for _, ref := range refs {
-		if _, mine := w.Attempts[ref]; !mine {
+		if d, mine := w.Attempts[ref]; !mine || d == job.DesireCancel {
 			p.w.at(p.w.now(), 0, func() { p.w.checkObeyed(p, ref) })
 		}
 	}
@@ -332,6 +340,7 @@ type trainer struct {
 	ends    string   // done, failed, fatal: if nobody stops it
 	done    instant
 	handed  bool // it waits for the next process
+	leaving bool // it was asked to save and leave
 	gone    bool
 	why     string
 	ended   chan struct{}
@@ -405,7 +414,14 @@ func (t *trainer) stop(why string) {
 // Run is agent.Runner's.
 func (p *process) Run(ctx context.Context, as job.Assignment, live *attempt.Live) error {
 	r := p.w.dice(p.name, "run "+as.Ref.String())
-	if !p.pause(ctx, between(r, 0, 300*time.Millisecond)) { // it prepares
+	if p.w.Mutant.ShareDevices {
+		live.Free()
+	}
+	prepares := between(r, 0, 300*time.Millisecond)
+	if chance(r, 10) { // a large model
+		prepares *= 10
+	}
+	if !p.pause(ctx, prepares) {
 		return p.stopped(ctx, as, live, nil)
 	}
 	t := &trainer{host: p.host, ref: as.Ref, devices: as.Devices, proc: p, ended: make(chan struct{}), ends: "done"}
@@ -423,6 +439,9 @@ func (p *process) Run(ctx context.Context, as job.Assignment, live *attempt.Live
 		return errOver
 	}
 	live.Attach(t)
+	if p.w.Mutant.DeadlineFromAccept {
+		_ = t.Extend(p.w.plan.outOfTouch)
+	}
 	if !p.do("start "+string(as.Ref.Job), func() { t.start(r, work) }) {
 		return errOver
 	}
@@ -519,6 +538,7 @@ func (p *process) stopped(ctx context.Context, as job.Assignment, live *attempt.
 		return p.settle(ctx, as, live, t, proto.Event{Outcome: proto.Cancelled})
 	}
 	if t != nil { // it saves and leaves, or is done before
+		p.do("leaves "+string(as.Ref.Job), func() { t.leaving = true })
 		r := p.w.dice(p.name, "leave "+as.Ref.String())
 		p.w.at(p.w.now()+between(r, time.Millisecond, leaveGrace), r.Uint64(), func() { t.stop("left") })
 		select {
@@ -594,6 +614,9 @@ func (p *process) Left(ctx context.Context) []attempt.Left {
 	}
 	var out []attempt.Left
 	p.do("list", func() {
+		if p.w.Mutant.ForgetLeft {
+			return
+		}
 		for _, l := range p.host.left {
 			out = append(out, attempt.Left{Assignment: l.as})
 		}
@@ -615,6 +638,7 @@ func (p *process) Resume(ctx context.Context, l attempt.Left, live *attempt.Live
 		x = p.host.left[as.Ref]
 		delete(p.host.left, as.Ref)
 		p.w.log(p.name, "goes on with", as.Ref)
+		p.w.checkResume(p, as.Ref)
 		p.w.res.Count["adopted"]++
 		if x.t != nil {
 			x.t.handed, x.t.proc = false, p
@@ -724,11 +748,12 @@ func (s *seat) hit(k strike) {
 	s.d = nil
 }
 
-// tell calls the dispatcher, when it is there to hear it.
+// tell calls the dispatcher, when it is there to hear it; what it is told while
+// it is frozen it hears in the same order.
 func (s *seat) tell(what func(*dispatch.Dispatcher)) {
 	d, a := s.d, s.actor
 	if thaw := s.life.frozen.end(s.w.now()); thaw > s.w.now() {
-		s.w.at(thaw, s.w.dice(s.name, "tell").Uint64(), func() {
+		s.w.at(thaw+s.w.now()/1000, s.w.dice(s.name, "tell").Uint64(), func() {
 			if !a.killed {
 				what(d)
 			}

@@ -93,6 +93,11 @@ type plannedJob struct {
 	user     string
 }
 
+type rollBack struct {
+	at  instant
+	lag time.Duration
+}
+
 type want struct {
 	at  instant
 	how string // preempt, pause, run
@@ -112,6 +117,7 @@ type plan struct {
 	away        windows // the database
 	redisAway   windows
 	flushes     []instant
+	rollBacks   []rollBack
 	jobs        []plannedJob
 	// Of calls of the database, per mille: lost before they are carried out,
 	// after, and slow ones. Of tasks: lost and doubled, per cent.
@@ -176,12 +182,18 @@ func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration)
 	until := func(t instant) { p.calm = max(p.calm, t) }
 	win := func(least, most float64) window {
 		from := sec(0.5, 14)
+		if chance(r, 50) { // while a job is handed over
+			from = p.jobs[r.IntN(len(p.jobs))].at + sec(0.002, 0.5)
+		}
 		w := window{from, from + sec(least, most)}
 		until(w.to)
 		return w
 	}
 	hits := func(l *life, agent, last bool) {
 		s := strike{at: sec(0.8, 14), blow: kill, after: sec(0.005, 6)}
+		if chance(r, 40) {
+			s.after = sec(0.005, 0.3)
+		}
 		switch n := r.IntN(10); {
 		case n < 4 && agent:
 			s.blow, s.after = restart, sec(0.01, 0.8)
@@ -197,7 +209,7 @@ func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration)
 	for range r.IntN(7) {
 		i := r.IntN(len(p.agents))
 		a, d := &p.agents[i], &p.dispatchers[r.IntN(2)]
-		switch r.IntN(11) {
+		switch r.IntN(12) {
 		case 0, 1, 2:
 			hits(a, true, i == 0) // one host stays
 		case 3:
@@ -216,6 +228,8 @@ func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration)
 		case 9:
 			hits(d, false, true)
 		case 10:
+			p.rollBacks = append(p.rollBacks, rollBack{win(0, 0).from, sec(0.005, 0.4)})
+		case 11:
 			if p.twin.to == 0 {
 				p.twin = win(8, 20)
 				if chance(r, 70) { // it comes in only where the first is silent

@@ -202,7 +202,7 @@ func read[T any](ctx context.Context, a *actor, what string, tx func() T) (T, er
 type dispatcherStore struct{ *actor }
 
 func (s dispatcherStore) Campaign(ctx context.Context, d store.Dispatcher, ttl time.Duration) (int64, error) {
-	if s.w.Mutant.LeadAlways {
+	if s.w.plan.twoLeaders {
 		return read(ctx, s.actor, "campaign", func() int64 { s.w.base.campaign(d.ID, ttl); return 1 })
 	}
 	return read(ctx, s.actor, "campaign", func() int64 { return s.w.base.campaign(d.ID, ttl) })

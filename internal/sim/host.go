@@ -477,6 +477,9 @@ func (p *process) follow(ctx context.Context, as job.Assignment, live *attempt.L
 			return p.settle(ctx, as, live, t, p.outcome(t.why))
 		}
 		shown = 3 * time.Second
+		if len(p.w.plan.rollBacks) > 0 {
+			shown = 600 * time.Millisecond
+		}
 		if err := p.store.append(ctx, as.Ref); job.KindOf(err) == job.LeaseLost {
 			if !p.end(t, "it may not write") {
 				return errOver
@@ -675,6 +678,7 @@ type seat struct {
 	actor *actor
 	all   []*actor
 	d     *dispatch.Dispatcher // nil: there is none
+	hears instant              // when it hears the last of what it was told
 }
 
 func (s *seat) end() {
@@ -752,13 +756,11 @@ func (s *seat) hit(k strike) {
 // it is frozen it hears in the same order.
 func (s *seat) tell(what func(*dispatch.Dispatcher)) {
 	d, a := s.d, s.actor
-	if thaw := s.life.frozen.end(s.w.now()); thaw > s.w.now() {
-		s.w.at(thaw+s.w.now()/1000, s.w.dice(s.name, "tell").Uint64(), func() {
-			if !a.killed {
-				what(d)
-			}
-		})
-		return
-	}
-	what(d)
+	when := max(s.life.frozen.end(s.w.now()), s.hears+1)
+	s.hears = when
+	s.w.at(when, 0, func() {
+		if !a.killed {
+			what(d)
+		}
+	})
 }

@@ -18,7 +18,4 @@ type Mutant struct {
 	ResumeUnasked bool // a process goes on with what it was not given at registration
 	UnheardCancel bool // a renewal does not bring a cancel
 	NeverAdmit    bool // a dispatcher does not see new rows
-
-	// LeadAlways is no mutant: the protocol bears two leaders at once, always.
-	LeadAlways bool
 }

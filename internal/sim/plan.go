@@ -123,6 +123,7 @@ type plan struct {
 	// after, and slow ones. Of tasks: lost and doubled, per cent.
 	lostCall, lostAnswer, slowCall int
 	lostTask, doubledTask          int
+	twoLeaders                     bool    // both dispatchers believe that they lead
 	silentDeath                    int     // per cent of shims whose report comes nowhere
 	calm                           instant // nothing breaks from then on
 }
@@ -165,6 +166,8 @@ func newPlan(seed uint64) plan {
 	}
 	if chance(r, 60) {
 		p.lostCall, p.lostAnswer, p.slowCall = r.IntN(40), r.IntN(40), r.IntN(60)
+	} else if chance(r, 30) {
+		p.slowCall = r.IntN(200)
 	}
 	if chance(r, 50) {
 		p.lostTask, p.doubledTask = r.IntN(40), r.IntN(40)
@@ -172,6 +175,7 @@ func newPlan(seed uint64) plan {
 	if chance(r, 50) {
 		p.silentDeath = r.IntN(101)
 	}
+	p.twoLeaders = chance(r, 15)
 	p.break_(r, sec)
 	return p
 }
@@ -180,10 +184,18 @@ func newPlan(seed uint64) plan {
 func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration) {
 	p.calm = 15 * time.Second
 	until := func(t instant) { p.calm = max(p.calm, t) }
+	// soon is while a job is handed over.
+	soon := func() instant {
+		t := p.jobs[r.IntN(len(p.jobs))].at
+		if chance(r, 50) {
+			return t + sec(0.002, 0.06)
+		}
+		return t + sec(0.002, 0.6)
+	}
 	win := func(least, most float64) window {
 		from := sec(0.5, 14)
-		if chance(r, 50) { // while a job is handed over
-			from = p.jobs[r.IntN(len(p.jobs))].at + sec(0.002, 0.5)
+		if chance(r, 50) {
+			from = soon()
 		}
 		w := window{from, from + sec(least, most)}
 		until(w.to)
@@ -191,6 +203,9 @@ func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration)
 	}
 	hits := func(l *life, agent, last bool) {
 		s := strike{at: sec(0.8, 14), blow: kill, after: sec(0.005, 6)}
+		if chance(r, 40) {
+			s.at = soon()
+		}
 		if chance(r, 40) {
 			s.after = sec(0.005, 0.3)
 		}
@@ -228,7 +243,7 @@ func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration)
 		case 9:
 			hits(d, false, true)
 		case 10:
-			p.rollBacks = append(p.rollBacks, rollBack{win(0, 0).from, sec(0.005, 0.4)})
+			p.rollBacks = append(p.rollBacks, rollBack{soon() + sec(0, 0.3), sec(0.005, 0.5)})
 		case 11:
 			if p.twin.to == 0 {
 				p.twin = win(8, 20)

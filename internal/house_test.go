@@ -45,6 +45,8 @@ var uses = map[string]string{
 	"queue/queuebench":  "job queue",
 	// Measures the whole; only joins what others made.
 	"cmd/bench": "daemon devstack devstack/services dispatch fleet job queue/queuebench store storetest",
+	// The real dispatcher and agent on fakes; the fake database is proto's.
+	"sim": "agent attempt cost dispatch gpu job metrics place proto queue store",
 }
 
 // owner names the rooms that may import an outside thing; support rooms are

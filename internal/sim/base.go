@@ -197,6 +197,9 @@ func (b *base) book(r *row, before proto.Job, e proto.Event) {
 			b.notify("job:" + string(r.id))
 		}
 	}
+	if r.Settlements > before.Settlements {
+		b.res.Count[string(r.Status)]++
+	}
 	if r.Settlements > before.Settlements && len(r.paid) == 0 {
 		if total, used := r.bill(); used > 0 {
 			r.paid = append(r.paid, total)
@@ -485,16 +488,6 @@ func (b *base) resend(after time.Duration) (out []store.Send) {
 		if ans := b.next(r, r.agent(), proto.Event{Do: proto.Resend}, 0); ans.Kind == proto.Done {
 			r.sent = b.now()
 			out = append(out, b.send(r, ans))
-		}
-	}
-	return out
-}
-
-func (b *base) depths() map[string]int {
-	out := map[string]int{}
-	for _, r := range b.rows {
-		if r.Control != proto.Settled {
-			out[string(r.Control)]++
 		}
 	}
 	return out

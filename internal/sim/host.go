@@ -114,7 +114,7 @@ func (h *host) end() {
 
 func (h *host) begin() {
 	w := h.w
-	if h.proc != nil {
+	if h.proc != nil || h.name == "twin" && !w.plan.twin.has(w.now()) {
 		return
 	}
 	h.boots++
@@ -161,9 +161,7 @@ func (h *host) exit(p *process, err error) {
 	case err == nil && h.again: // it was stopped for long enough already
 		w.at(w.now()+between(r, 5*time.Millisecond, 300*time.Millisecond), r.Uint64(), h.begin)
 	case err != nil: // a supervisor starts it again
-		if h.name != "twin" || w.plan.twin.has(w.now()) {
-			w.at(w.now()+between(r, time.Second, 4*time.Second), r.Uint64(), h.begin)
-		}
+		w.at(w.now()+between(r, time.Second, 4*time.Second), r.Uint64(), h.begin)
 	}
 }
 

@@ -135,7 +135,7 @@ func newPlan(seed uint64) plan {
 	}
 	p := plan{strict: chance(r, 50), outOfTouch: lease}
 	if !p.strict {
-		p.outOfTouch, p.patience = sec(8, 40), sec(0, 8)
+		p.outOfTouch, p.patience = sec(8, 40), sec(0, 3)*sec(0, 3)/time.Second
 	}
 	for i := range 1 + r.IntN(3) {
 		p.gpus = append(p.gpus, 1+r.IntN(2))
@@ -146,6 +146,9 @@ func newPlan(seed uint64) plan {
 	}
 	for i := range 2 + r.IntN(5) {
 		j := plannedJob{at: sec(0.3, 12), gpus: 1, work: sec(0.05, 8), user: fmt.Sprint("u", i%2), bad: chance(r, 3)}
+		if i > 0 && chance(r, 30) {
+			j.at = p.jobs[i-1].at + sec(0, 0.02)
+		}
 		if p.gpus[0] > 1 && chance(r, 25) {
 			j.gpus = 2 // the first host stays
 		}

@@ -2,9 +2,14 @@ package sim
 
 import (
 	"flag"
+	"maps"
+	"os"
 	"reflect"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,96 +17,223 @@ import (
 	"lorayard/internal/metrics"
 )
 
-var one = flag.Int("sim.seed", -1, "the one seed to simulate; -v shows what happens")
+var (
+	seed  = flag.Int("sim.seed", -1, "simulate this seed alone; with -v everything that happens is shown")
+	seeds = flag.Int("sim.seeds", 0, "simulate so many seeds; 0: 200, or 20000 with LORAYARD_SIM=long")
+	rule  = flag.String("sim.mutant", "", "the rule that is missing")
+)
 
-var many = flag.Int("sim.seeds", 100, "how many seeds to simulate")
+// many is how many seeds to simulate: some seconds' worth, or minutes' worth.
+func many(few, long int) int {
+	switch {
+	case *seeds > 0:
+		return *seeds
+	case os.Getenv("LORAYARD_SIM") == "long":
+		return long
+	}
+	return few
+}
 
-var shared = Metrics{Agent: metrics.NewAgent(), Dispatcher: metrics.NewDispatcher()}
+// lab runs worlds.
+type lab struct{ metrics Metrics }
 
-func simulate(t *testing.T, o Options) (res Result) {
+func newLab() lab { return lab{Metrics{metrics.NewAgent(), metrics.NewDispatcher()}} }
+
+func (l lab) run(t *testing.T, o Options) (res Result) {
 	t.Helper()
-	o.Metrics = shared
-	synctest.Test(t, func(t *testing.T) { res = Run(o) })
+	o.Metrics = l.metrics
+	synctest.Test(t, func(*testing.T) { res = Run(o) })
 	return res
 }
 
+// each runs n worlds, on every processor, and hands their results over one by
+// one.
+func (l lab) each(t *testing.T, n int, take func(seed int, r Result)) {
+	var mu sync.Mutex
+	next := 0
+	t.Run("worlds", func(t *testing.T) {
+		for i := range runtime.GOMAXPROCS(0) {
+			t.Run(strconv.Itoa(i), func(t *testing.T) {
+				t.Parallel()
+				for {
+					mu.Lock()
+					seed := next
+					next++
+					mu.Unlock()
+					if seed >= n {
+						return
+					}
+					res := l.run(t, Options{Seed: uint64(seed)})
+					mu.Lock()
+					take(seed, res)
+					mu.Unlock()
+				}
+			})
+		}
+	})
+}
+
+// sights are what simulations have to come across, or they prove little; and
+// how many of them it may take.
+var sights = map[string]int{
+	"kill": 200, "stop": 200, "restart": 200, "adopted": 200, "death report": 200, "deadline": 200, "rolled back": 200,
+	"lost task": 200, "doubled task": 200, "completed": 200, "failed": 200, "cancelled": 200,
+	"zombie": 1000, "unlisted": 5000, "refused for devices": 1000,
+}
+
 func TestSimulation(t *testing.T) {
-	if *one >= 0 {
-		res := simulate(t, Options{Seed: uint64(*one), Trace: func(l string) { t.Log(l) }})
+	l := newLab()
+	if *seed >= 0 {
+		res := l.run(t, Options{Seed: uint64(*seed), Mutant: mutants()[*rule], Trace: func(line string) { t.Log(line) }})
 		t.Logf("%+v", res)
 		if res.Bad != "" {
 			t.Error(res.Bad)
 		}
 		return
 	}
-	t0 := time.Now()
-	n := *many
+	n, began := many(200, 20_000), time.Now()
 	var virtual time.Duration
-	events := 0
-	for seed := range n {
-		res := simulate(t, Options{Seed: uint64(seed)})
-		virtual += res.Virtual
-		events += res.Events
-		if res.Bad != "" {
-			t.Errorf("seed %d: %s", seed, res.Bad)
+	events, jobs, seen := 0, 0, map[string]int{}
+	l.each(t, n, func(seed int, r Result) {
+		virtual += r.Virtual
+		events += r.Events
+		jobs += r.Jobs
+		for what, times := range r.Count {
+			seen[what] += times
+		}
+		if r.Bad != "" {
+			t.Errorf("seed %d: %s\nsee go test ./internal/sim -run TestSimulation -sim.seed=%d -v", seed, r.Bad, seed)
+		}
+	})
+	t.Logf("%d seeds, %.0f a second; each %v of virtual time, %d events, %d jobs on average", n, float64(n)/time.Since(began).Seconds(), virtual/time.Duration(n), events/n, jobs/n)
+	t.Logf("seen: %v", seen)
+	for what, within := range sights {
+		if n >= within && seen[what] == 0 {
+			t.Errorf("no world has seen: %s", what)
 		}
 	}
-	t.Logf("%d seeds, %.0f/s, %v virtual, %d events", n, float64(n)/time.Since(t0).Seconds(), virtual/time.Duration(n), events/n)
 }
 
 func TestASeedIsAlwaysTheSameWorld(t *testing.T) {
-	for seed := range *many {
-		a, b := simulate(t, Options{Seed: uint64(seed)}), simulate(t, Options{Seed: uint64(seed)})
-		if a.Hash == b.Hash && a.Events == b.Events && a.Virtual == b.Virtual {
-			continue
+	l := newLab()
+	n := many(50, 2000)
+	first := make([]Result, n)
+	l.each(t, n, func(seed int, r Result) { first[seed] = r })
+	l.each(t, n, func(seed int, r Result) {
+		if r.Hash != first[seed].Hash || r.Events != first[seed].Events || r.Virtual != first[seed].Virtual {
+			t.Errorf("seed %d: %+v and %+v", seed, first[seed], r)
 		}
-		x, y := history(t, seed), history(t, seed)
+	})
+	for seed := range n {
+		if !t.Failed() {
+			return
+		}
+		x, y := l.history(t, seed), l.history(t, seed)
 		for i := range min(len(x), len(y)) {
 			if x[i] != y[i] {
-				t.Errorf("seed %d:\n%s\nor\n%s", seed, strings.Join(x[max(0, i-6):i+1], "\n"), y[i])
-				break
+				t.Fatalf("seed %d parts at:\n%s\nor\n%s", seed, strings.Join(x[max(0, i-6):i+1], "\n"), y[i])
 			}
 		}
-		t.Errorf("seed %d: %+v\nand %+v", seed, a, b)
 	}
 }
 
-func history(t *testing.T, seed int) (lines []string) {
-	simulate(t, Options{Seed: uint64(seed), Trace: func(l string) { lines = append(lines, l) }})
-	return slices.DeleteFunc(lines, func(l string) bool { return strings.Contains(l, " says: ") })
+func (l lab) history(t *testing.T, seed int) (lines []string) {
+	l.run(t, Options{Seed: uint64(seed), Trace: func(line string) { lines = append(lines, line) }})
+	return slices.DeleteFunc(lines, func(line string) bool { return strings.Contains(line, " says: ") })
 }
 
-// mutants are all of them, by name.
+// mutants are all of them, by the rule that is missing.
 func mutants() map[string]Mutant {
 	out := map[string]Mutant{}
-	var m Mutant
-	for i := range reflect.TypeOf(m).NumField() {
-		f := reflect.TypeOf(m).Field(i)
-		if f.Type.Kind() == reflect.Bool {
-			m = Mutant{}
+	for i := range reflect.TypeFor[Mutant]().NumField() {
+		if f := reflect.TypeFor[Mutant]().Field(i); f.Type.Kind() == reflect.Bool {
+			var m Mutant
 			reflect.ValueOf(&m).Elem().Field(i).SetBool(true)
 			out[f.Name] = m
 		}
 	}
-	rules := reflect.TypeOf(m.Rules)
-	for i := range rules.NumField() {
-		m = Mutant{}
+	var m Mutant
+	for i := range reflect.TypeOf(m.Rules).NumField() {
+		m := Mutant{}
 		reflect.ValueOf(&m.Rules).Elem().Field(i).SetBool(true)
-		out[rules.Field(i).Name] = m
+		out[reflect.TypeOf(m.Rules).Field(i).Name] = m
 	}
 	return out
 }
 
-func TestMutants(t *testing.T) {
-	for name, m := range mutants() {
+// elsewhere are the protocol's rules that have no seam here, and why; the model
+// checker of internal/proto and the tests of their rooms miss them.
+var elsewhere = map[string]string{
+	"LoseAnyAttempt":    "the database judges and takes in one transaction",
+	"SameTaskID":        "names of tasks are Redis's, in internal/queue",
+	"JudgeUnasked":      "the agent asks only about what it asked for: it goes through its own list",
+	"ExtendUnasked":     "the same",
+	"StartBeforeAccept": "the agent has nothing to start before it is answered",
+}
+
+func TestAWorldWithoutAnyOneOfTheRulesIsNoticed(t *testing.T) {
+	l := newLab()
+	caught := 0
+	for _, name := range slices.Sorted(maps.Keys(mutants())) {
+		if elsewhere[name] != "" {
+			continue
+		}
+		m := mutants()[name]
 		t.Run(name, func(t *testing.T) {
-			for seed := range *many {
-				if res := simulate(t, Options{Seed: uint64(seed), Mutant: m}); res.Bad != "" {
+			// The seed that showed it before; when plans have changed since,
+			// another one does.
+			for i := -1; i < 4000; i++ {
+				seed := uint64(i)
+				if i < 0 {
+					seed = shownBy[name]
+				}
+				if res := l.run(t, Options{Seed: seed, Mutant: m}); res.Bad != "" {
+					caught++
 					t.Logf("seed %d: %s", seed, res.Bad)
+					if i >= 0 {
+						t.Logf("write into shownBy: %q: %d", name, i)
+					}
 					return
 				}
 			}
 			t.Error("nobody noticed")
 		})
 	}
+	t.Logf("%d of %d noticed", caught, len(mutants())-len(elsewhere))
+}
+
+// shownBy saves the search: seeds whose worlds show that a rule is missing.
+var shownBy = map[string]uint64{
+	"AcceptAnyBoot":       783,
+	"AcceptCancelled":     224,
+	"AcceptOnce":          37,
+	"AssignBlindly":       26,
+	"CancelLoses":         1,
+	"DeadlineFromAccept":  98,
+	"DeadlineFromAnswer":  98,
+	"FinalMayChange":      6,
+	"FreeLate":            634,
+	"GiveUpSettle":        1,
+	"IgnoreLost":          1772,
+	"JudgeAtOnce":         1,
+	"JudgeUnled":          1,
+	"KeepUnlisted":        801,
+	"NeverReap":           161,
+	"NeverResend":         318,
+	"NeverTakeBack":       12,
+	"NoDeadline":          32,
+	"NoOrphanKill":        191,
+	"RegisterAnyInstance": 12,
+	"RenewAnyBoot":        9,
+	"ReportBeforeDeath":   21,
+	"RequeueCancelled":    13,
+	"ResumeUnasked":       13,
+	"SettleAgain":         24,
+	"SettleForgets":       98,
+	"ShareDevices":        256,
+	"ShareInBase":         2650,
+	"StartLate":           145,
+	"UnheardCancel":       2,
+	"WriteUnfenced":       8,
+	"WriteWithoutNonce":   2650,
 }

@@ -104,6 +104,9 @@ func (b *base) checkBill(r *row) {
 				b.wrong("%s: attempts %d and %d overlap", r.id, o.attempt, u.attempt)
 			}
 		}
+		if end, ok := b.ran[job.Ref{Job: r.id, Attempt: u.attempt, Nonce: a.Nonce}]; ok && u.billable && u.to-end > b.res.Unused {
+			b.res.Unused = u.to - end
+		}
 		if u.billable {
 			total += cost.Price(cost.Rate{PerHour: rate}, u.to-u.from)
 		}

@@ -406,6 +406,7 @@ func (t *trainer) stop(why string) {
 	t.gone, t.why = true, why
 	t.host.trainers = slices.DeleteFunc(t.host.trainers, func(o *trainer) bool { return o == t })
 	t.host.w.log(t.host.name, "computes no more", t.ref, why)
+	t.host.w.ran[t.ref] = t.host.w.now()
 	close(t.ended)
 }
 

@@ -33,6 +33,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 )
 
@@ -59,6 +60,7 @@ type Result struct {
 	Events  int           // that happened
 	Virtual time.Duration // that passed in the world
 	Jobs    int
+	Unused  time.Duration  // the longest that somebody paid for after a trainer's end
 	Count   map[string]int // how often things happened that a test wants to have seen
 }
 
@@ -105,6 +107,7 @@ type world struct {
 	redis redis
 	hosts []*host
 	seats []*seat
+	ran   map[job.Ref]instant // when trainers ended
 	res   Result
 	hash  interface {
 		io.Writer
@@ -116,7 +119,7 @@ type world struct {
 // Run lives through one world. It has to be called in a bubble.
 func Run(o Options) Result {
 	w := &world{Options: o, start: time.Now(), over: make(chan struct{}), poke: make(chan struct{}, 1), hash: fnv.New64a()}
-	w.res.Count = map[string]int{}
+	w.res.Count, w.ran = map[string]int{}, map[job.Ref]instant{}
 	w.plan = newPlan(o.Seed)
 	w.base.begin(w)
 	w.redis.begin(w)

@@ -93,9 +93,11 @@ func TestSimulation(t *testing.T) {
 	}
 	n, began := many(200, 20_000), time.Now()
 	var virtual time.Duration
+	var unused time.Duration
 	events, jobs, seen := 0, 0, map[string]int{}
 	l.each(t, n, func(seed int, r Result) {
 		virtual += r.Virtual
+		unused = max(unused, r.Unused)
 		events += r.Events
 		jobs += r.Jobs
 		for what, times := range r.Count {
@@ -106,7 +108,7 @@ func TestSimulation(t *testing.T) {
 		}
 	})
 	t.Logf("%d seeds, %.0f a second; each %v of virtual time, %d events, %d jobs on average", n, float64(n)/time.Since(began).Seconds(), virtual/time.Duration(n), events/n, jobs/n)
-	t.Logf("seen: %v", seen)
+	t.Logf("seen: %v; at most %v paid after a trainer's end", seen, unused)
 	for what, within := range sights {
 		if n >= within && seen[what] == 0 {
 			t.Errorf("no world has seen: %s", what)

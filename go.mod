@@ -8,6 +8,7 @@ require (
 	github.com/NVIDIA/go-nvml v0.13.3-1 // reads the GPUs; NVIDIA's own binding, fixed by the mission
 	github.com/alicebob/miniredis/v2 v2.40.0 // dev stack: a Redis inside the process where none is installed
 	github.com/anishathalye/porcupine v1.3.1 // tests: whether a recorded history of concurrent calls has an order
+	github.com/go-json-experiment/json v1.27.2 // strict JSON by tokens, 800 MB/s; mirrors encoding/json/v2 and becomes the standard library's with Go 1.27
 	github.com/golang-jwt/jwt/v5 v5.3.1 // auth: tokens of Supabase users; dev stack: tokens of the local store
 	github.com/google/uuid v1.6.0 // boots, nonces and ids
 	github.com/hibiken/asynq v0.26.0 // the hand-over; fixed by the mission. The gate knows this version's dequeue: a test fails when it changes

@@ -16,7 +16,7 @@ import (
 // arrow that is not drawn here, fails.
 var uses = map[string]string{
 	// The ground floor imports nothing of ours.
-	"auth": "", "job": "", "wire": "", "cost": "", "config": "", "daemon": "", "metrics": "", "proc": "", "spool": "", "storage": "",
+	"auth": "", "job": "", "wire": "", "cost": "", "config": "", "daemon": "", "metrics": "", "proc": "", "spool": "", "storage": "", "dataset": "",
 	// One table of GPU classes serves devices, wishes and placement.
 	"gpu": "job", "place": "job",
 	// Each of these knows one outside thing.
@@ -61,6 +61,7 @@ var owner = map[string]string{
 	"github.com/prometheus/client_golang":      "metrics",
 	"github.com/golang-jwt/jwt":                "auth storage/local devstack",
 	"github.com/MicahParks":                    "auth",
+	"github.com/go-json-experiment/json":       "dataset",
 	"os/exec":                                  "proc devstack devstack/services cmd/devstack",
 }
 

@@ -264,3 +264,21 @@ func TestNothingOfTheFileStandsInAReport(t *testing.T) {
 		t.Errorf("%s", raw)
 	}
 }
+
+// TestTheSplitIsTheTrainers has the figures of scripts/train/tests/test_data.py.
+func TestTheSplitIsTheTrainers(t *testing.T) {
+	raw, err := os.ReadFile(demo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		fraction float64
+		seed     int64
+		held     int64
+	}{{0.05, 42, 3}, {0.2, 1, 9}, {0.5, 7, 21}, {0, 42, 0}} {
+		r := validate(t, string(raw), dataset.Options{Fraction: &c.fraction, Seed: &c.seed})
+		if r.ValidationPairs != c.held || r.TrainingPairs != 42-c.held {
+			t.Errorf("fraction %v, seed %d: %d are held back, not %d", c.fraction, c.seed, r.ValidationPairs, c.held)
+		}
+	}
+}

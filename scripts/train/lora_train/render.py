@@ -8,11 +8,14 @@ nothing is ever trained on everything by accident.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from lora_train.data import Example, Message
 from lora_train.failure import Failure
+
+Tools = list[dict[str, Any]] | None
 
 OPEN, CLOSE = "«", "»"  # around trained text, for people
 
@@ -50,8 +53,10 @@ class Renderer:
         None when even the last exchange does not fit.
         """
         messages = list(example.messages)
+        if messages[0].role == "text":
+            return self._document(example, longest)
         while True:
-            tokens, trained = self._render(messages)
+            tokens, trained = self._render(messages, list(example.tools) or None)
             if len(tokens) <= longest:
                 return Sequence(example.line, tuple(tokens), tuple(trained))
             shorter = _without_oldest(messages)
@@ -69,27 +74,42 @@ class Renderer:
             run.append(token)
         return "".join([*out, self.tokenizer.decode(run), CLOSE if inside else ""])
 
-    def _plain(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def _document(self, example: Example, longest: int) -> Sequence:
+        """A document as it stands, with no template around it, cut at the end."""
+        ids = self.tokenizer(example.messages[0].content, add_special_tokens=False)["input_ids"]
+        ends = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        first, last = ([] if i is None else [i] for i in ends)
+        tokens = tuple([*first, *ids, *last][:longest])
+        return Sequence(example.line, tokens, (True,) * len(tokens))
+
+    def _plain(self, messages: list[Message], tools: Tools) -> tuple[list[int], list[bool]]:
         tokens: list[int] = []
         trained: list[bool] = []
 
         def add(text: str, learn: bool) -> None:
+            if not text:
+                return
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             tokens.extend(ids)
             trained.extend([learn] * len(ids))
 
+        if tools:
+            add(f"### Tools:\n{json.dumps(tools, ensure_ascii=False)}\n\n", False)
         for m in messages:
             add(f"### {m.role.capitalize()}:\n", False)
             add(m.content, m.trained)
+            for call in m.calls:
+                add(json.dumps(call["function"], ensure_ascii=False), m.trained)
             if m.role == "assistant" and self.tokenizer.eos_token_id is not None:
                 tokens.append(self.tokenizer.eos_token_id)
                 trained.append(m.trained)
             add("\n\n", False)
         return tokens, trained
 
-    def _marked(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def _marked(self, messages: list[Message], tools: Tools) -> tuple[list[int], list[bool]]:
         out = self.tokenizer.apply_chat_template(
             _plain_messages(messages),
+            tools=tools,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -108,12 +128,12 @@ class Renderer:
             trained[start:end] = [m.trained] * (end - start)
         return tokens, trained
 
-    def _prefixes(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def _prefixes(self, messages: list[Message], tools: Tools) -> tuple[list[int], list[bool]]:
         plain = _plain_messages(messages)
 
         def text(upto: int, prompt: bool) -> str:
             return self.tokenizer.apply_chat_template(
-                plain[:upto], tokenize=False, add_generation_prompt=prompt
+                plain[:upto], tools=tools, tokenize=False, add_generation_prompt=prompt
             )
 
         whole = text(len(plain), False)
@@ -138,8 +158,19 @@ class Renderer:
         return list(out["input_ids"]), trained
 
 
-def _plain_messages(messages: list[Message]) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in messages]
+def _plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    return [_plain_message(m) for m in messages]
+
+
+def _plain_message(m: Message) -> dict[str, Any]:
+    plain: dict[str, Any] = {"role": m.role, "content": m.content}
+    if m.calls:
+        plain["tool_calls"] = list(m.calls)
+    if m.call_id:
+        plain["tool_call_id"] = m.call_id
+    if m.name:
+        plain["name"] = m.name
+    return plain
 
 
 def _spans(mask: list[bool]) -> list[tuple[int, int]]:

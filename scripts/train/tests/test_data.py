@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DEMO, ROOT
@@ -40,7 +44,8 @@ def test_the_other_formats() -> None:
     [
         (b"", "the file is empty"),
         (b'{"_meta": {}}\n', "no example"),
-        (b"\xff\xfe\x00\x01", "not text in UTF-8"),
+        (b"\xff\xfe\x00\x01", "binary"),
+        (b'{"messages": "\xff"}', "line 1 is not text in UTF-8"),
         (b'{"messages": []}\x00', "binary"),
         (b'{"messages": [{"role": "user", "content": "x"}]}\n', "line 1 has no assistant text"),
         (b'{"turns": [{"role": "user", "content": "x"}, {"role": "robot"}]}', "unknown role"),
@@ -80,3 +85,44 @@ def test_a_conversation_never_stands_on_both_sides() -> None:
     assert not {e.group for e in train} & {e.group for e in held}
     assert data.split(examples, 0.2, seed=1) == (train, held)
     assert data.split(examples[:6], 0.2, seed=1) == (examples[:6], [])
+
+
+CASES = ROOT.parent.parent / "internal" / "dataset" / "testdata" / "cases.json"
+
+
+def content(case: dict[str, Any]) -> bytes:
+    raw = case.get("text", "") + case.get("head", "")
+    raw = (raw + case.get("unit", "") * case.get("times", 0) + case.get("tail", "")).encode()
+    if "base64" in case:
+        raw = base64.b64decode(case["base64"])
+    return gzip.compress(raw) if case.get("gzip") else raw
+
+
+def test_the_verdict_is_the_dispatchers() -> None:
+    cases = json.loads(CASES.read_text())
+    assert len(cases) >= 300
+    different = []
+    for case in cases:
+        examples, problems = data.judge(content(case))
+        got, want = [line for line, _ in problems], [line for line, _ in case["bad"]]
+        if got != want or bool(examples or problems) is False:
+            different.append((case["name"], got, want))
+    assert not different
+
+
+def test_what_the_dispatcher_writes_says_the_same() -> None:
+    written = json.loads((CASES.parent / "normalised.json").read_text())
+    cases = {case["name"]: case for case in json.loads(CASES.read_text())}
+    assert len(written) >= 100
+    for name, text in written.items():
+        before, _ = data.judge(content(cases[name]))
+        after, problems = data.judge(text.encode())
+        assert not problems, name
+        assert [replace(e, line=0) for e in before] == [replace(e, line=0) for e in after], name
+
+
+def test_the_split_is_as_the_dispatcher_foretells() -> None:
+    """The figures of internal/dataset/dataset_test.go."""
+    examples = read(DEMO)
+    for fraction, seed, held in ((0.05, 42, 3), (0.2, 1, 9), (0.5, 7, 21), (0.0, 42, 0)):
+        assert len(data.split(examples, fraction, seed)[1]) == held

@@ -131,6 +131,42 @@ def test_nothing_but_the_answer_is_trained_on(model: Path) -> None:
     assert plain.render(data.Example(1, "g", talk), 3) is None
 
 
+def test_a_document_gets_no_template(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    document = data.Example(1, "g", (data.Message("text", "Once upon a time.", trained=True),))
+    whole = render.Renderer(tokenizer).render(document, 512)
+    assert whole is not None and all(whole.trained)
+    assert "Once upon a time." in tokenizer.decode(whole.tokens)
+    assert whole.tokens[-1] == tokenizer.eos_token_id
+    short = render.Renderer(tokenizer).render(document, 3)
+    assert short is not None and short.tokens == whole.tokens[:3]
+
+
+def test_tool_calls_are_trained_on_as_answers(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer.chat_template = None
+    talk = [
+        {"role": "user", "content": "How warm?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "warmth", "arguments": '{"at": "home"}'}}],
+        },
+        {"role": "tool", "content": "20"},
+        {"role": "assistant", "content": "Twenty degrees."},
+    ]
+    row = {"messages": talk, "tools": [{"function": {"name": "warmth"}}]}
+    (example,), _ = data.judge(json.dumps(row).encode())
+    plain = render.Renderer(tokenizer)
+    text = plain.decode(plain.render(example, 512) or pytest.fail("too long"))
+    assert "### Tools:" in text and "### Tool:\n20" in text
+    assert '«{"name": "warmth", "arguments": {"at": "home"}}' in text and "«Twenty degrees." in text
+
+
 def test_no_pickle_in_a_checkpoint(reference: Run) -> None:
     files = reference.of("checkpoint")[-1]["files"]
     names = sorted(f["name"] for f in files)

@@ -56,6 +56,8 @@ Usage: dispatcher <verb> [flags]
   resume JOB           let a paused job go on
   prioritize JOB N     place the job before those of lower priority (0 is usual)
 
+  validate FILE        judge a data file on this machine as one that is uploaded; 1 when it is bad
+
   version              print the version
   help                 print this text; "dispatcher <verb> --help" lists its flags
 `
@@ -117,6 +119,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		return migrate(ctx, m, stdout)
 	case "agents", "jobs", "cordon", "uncordon", "drain", "forget", "pause", "resume", "prioritize":
 		return operate(ctx, verb, args, environ, stdout)
+	case "validate":
+		return validate(args, environ, stdout)
 	case "version":
 		fmt.Fprintln(stdout, "dispatcher", version)
 		return nil

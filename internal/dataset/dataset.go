@@ -64,7 +64,7 @@ type Report struct {
 	Lengths Lengths          `json:"lengths"`
 	Samples []Sample         `json:"-"`
 	// Partial says that the file has more conversations than are remembered:
-	// duplicates and leaks were looked for among the first 450,000, and the
+	// duplicates and leaks were looked for among the first 390,000, and the
 	// split is estimated.
 	Partial bool `json:"partial,omitempty"`
 	// Normalised is the file that the trainer reads; nil unless OK and asked for.

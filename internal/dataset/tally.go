@@ -340,7 +340,7 @@ func newTable() table { return table{slots: make([]slot, firstSlots)} }
 
 // at returns the slot of a key, new or not, or nil when the table is full.
 func (t *table) at(key uint64) *slot {
-	if t.n*8 >= len(t.slots)*7 && len(t.slots) < mostSlots {
+	if t.n*4 >= len(t.slots)*3 && len(t.slots) < mostSlots {
 		old := t.slots
 		t.slots = make([]slot, 2*len(old))
 		for _, s := range old {
@@ -351,7 +351,7 @@ func (t *table) at(key uint64) *slot {
 	}
 	s := t.find(key)
 	if s.key == 0 {
-		if t.n*8 >= len(t.slots)*7 {
+		if t.n*4 >= len(t.slots)*3 {
 			t.full = true
 			return nil
 		}

@@ -267,8 +267,12 @@ func (s *Stack) Agent(ctx context.Context, id string, settings ...string) (*Proc
 	return s.process(ctx, id, filepath.Join(s.Bin, "agent"), "run", env, ops)
 }
 
-// DispatcherURL is the database with the dispatchers' login.
+// DispatcherURL and AgentURL are the database with the logins of dispatchers and
+// of agents.
 func (s *Stack) DispatcherURL() string { return s.dispatcherURL }
+
+// AgentURL is described at DispatcherURL.
+func (s *Stack) AgentURL() string { return s.agentURL }
 
 // AgentDatabaseAt is the agents' database URL by another address: that of a
 // proxy before it.

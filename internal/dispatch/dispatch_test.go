@@ -24,16 +24,23 @@ type oneAgent struct {
 func (s *oneAgent) Campaign(context.Context, store.Dispatcher, time.Duration) (int64, error) {
 	return 1, nil
 }
-func (s *oneAgent) Resign(context.Context, string) error { return nil }
+func (s *oneAgent) Resign(context.Context, string) error             { return nil }
 func (s *oneAgent) Listen(ctx context.Context, _ func(string)) error { <-ctx.Done(); return ctx.Err() }
 
-func (s *oneAgent) Unadmitted(context.Context, int, []job.ID) ([]store.Row, error)  { return nil, nil }
-func (s *oneAgent) Rates(context.Context) (map[string]int64, error)                 { return nil, nil }
+func (s *oneAgent) Unadmitted(context.Context, int, []job.ID) ([]store.Row, error) { return nil, nil }
+
+func (s *oneAgent) Rates(context.Context) (map[string]int64, error) { return nil, nil }
+
 func (s *oneAgent) Waiting(context.Context, int, []job.ID) ([]store.Waiting, error) { return nil, nil }
-func (s *oneAgent) Hosts(context.Context) ([]store.Host, error)                     { return nil, nil }
-func (s *oneAgent) SettleCancelled(context.Context) ([]job.ID, error)               { return nil, nil }
-func (s *oneAgent) Depths(context.Context) (map[string]int, error)                  { return nil, nil }
-func (s *oneAgent) Resend(context.Context, time.Duration) ([]store.Send, error)     { return nil, nil }
+
+func (s *oneAgent) Hosts(context.Context) ([]store.Host, error) { return nil, nil }
+
+func (s *oneAgent) SettleCancelled(context.Context) ([]job.ID, error) { return nil, nil }
+
+func (s *oneAgent) Depths(context.Context) (map[string]int, error) { return nil, nil }
+
+func (s *oneAgent) Resend(context.Context, time.Duration) ([]store.Send, error) { return nil, nil }
+
 func (s *oneAgent) TakeBack(context.Context, time.Duration, []string) ([]job.Ref, error) {
 	return nil, nil
 }

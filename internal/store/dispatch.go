@@ -27,15 +27,15 @@ type Row struct {
 const unadmitted = `
 	SELECT t.id::text, t.user_id::text, t.preset_id, t.hyperparameters, t.gpu_config,
 	       d.user_id::text, d.deleted_at IS NOT NULL, d.status
-	FROM public.training_jobs t JOIN public.datasets d ON d.id = t.dataset_id
-	WHERE t.status = 'queued' AND t.external_job_id IS NULL%s
-	  AND NOT EXISTS (SELECT 1 FROM lorayard.jobs j WHERE j.job_id = t.id)
+	FROM %s, LATERAL (SELECT x.user_id, x.deleted_at, x.status FROM public.datasets x WHERE x.id = t.dataset_id OFFSET 0) d
+	WHERE t.status = 'queued' AND t.external_job_id IS NULL
+	  AND (SELECT j.job_id FROM lorayard.jobs j WHERE j.job_id = t.id) IS NULL
 	ORDER BY t.created_at, t.id LIMIT $1`
 
 // Unadmitted returns up to n rows that the app inserted and nobody looked at;
 // with only, those among them. All of them cost a look at every row that waits.
 func (s *Store) Unadmitted(ctx context.Context, n int, only []job.ID) ([]Row, error) {
-	query, args := among(unadmitted, "t.id", only, n)
+	query, args := among(unadmitted, "public.training_jobs", "id", "t", only, n)
 	rows, err := s.pool.Query(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("read new jobs: %w", err)
@@ -50,12 +50,15 @@ func (s *Store) Unadmitted(ctx context.Context, n int, only []job.ID) ([]Row, er
 	return out, nil
 }
 
-// among adds "one of only" to a query with a place for it; nil adds nothing.
-func among(query, column string, only []job.ID, args ...any) (string, []any) {
+// among fills a query's place for a table: with all of its rows, or with those
+// of only, each found by its key. OFFSET keeps the planner from anything else,
+// for the reason given at waiting.
+func among(query, table, key, alias string, only []job.ID, args ...any) (string, []any) {
 	if only == nil {
-		return fmt.Sprintf(query, ""), args
+		return fmt.Sprintf(query, table+" "+alias), args
 	}
-	return fmt.Sprintf(query, fmt.Sprintf(" AND %s = ANY ($%d::text[]::uuid[])", column, len(args)+1)), append(args, only)
+	some := fmt.Sprintf("unnest($%d::text[]::uuid[]) AS o(id), LATERAL (SELECT * FROM %s x WHERE x.%s = o.id OFFSET 0) %s", len(args)+1, table, key, alias)
+	return fmt.Sprintf(query, some), append(args, only)
 }
 
 const admit = `
@@ -138,14 +141,14 @@ const waiting = `
 	       CASE WHEN w.attempt = 0 THEN '{}' ELSE ARRAY(SELECT a.agent_id FROM lorayard.attempts a
 	             WHERE a.job_id = w.job_id AND a.outcome IN ('failed', 'lost') ORDER BY a.attempt DESC LIMIT 3) END
 	FROM (SELECT j.*, row_number() OVER (PARTITION BY j.user_id ORDER BY j.priority DESC, j.admitted_at, j.job_id) AS place
-	      FROM lorayard.jobs j WHERE j.state = 'queued' AND j.desired <> 'pause' AND j.not_before <= clock_timestamp()%s) w
+	      FROM %s WHERE j.state = 'queued' AND j.desired <> 'pause' AND j.not_before <= clock_timestamp()) w
 	WHERE w.place <= $2 AND (SELECT t.status FROM public.training_jobs t WHERE t.id = w.job_id) = 'queued'
 	ORDER BY w.admitted_at, w.job_id LIMIT $1`
 
 // Waiting returns up to n jobs to place, oldest first, and of each user the
 // first WaitingOfUser; with only, those among them.
 func (s *Store) Waiting(ctx context.Context, n int, only []job.ID) ([]Waiting, error) {
-	query, args := among(waiting, "j.job_id", only, n, WaitingOfUser)
+	query, args := among(waiting, "lorayard.jobs", "job_id", "j", only, n, WaitingOfUser)
 	rows, err := s.pool.Query(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("read waiting jobs: %w", err)

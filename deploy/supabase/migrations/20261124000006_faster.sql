@@ -28,23 +28,29 @@ BEGIN
     FROM lorayard.usage_intervals u WHERE u.job_id = p_job AND u.billable);
 END $$;
 
-CREATE OR REPLACE FUNCTION lorayard.notify_user(p_job uuid, p_type text, p_title text, p_message text, p_priority text, p_url text)
+CREATE OR REPLACE FUNCTION lorayard.tell_user(p_user uuid, p_job uuid, p_type text, p_title text, p_message text, p_priority text, p_url text)
 RETURNS void LANGUAGE plpgsql SET search_path = '' AS $$
 BEGIN
   INSERT INTO public.notifications (id, user_id, type, title, message, priority, action_url, metadata)
-  SELECT lorayard.id_of('notification', p_type, p_job::text), t.user_id, p_type, p_title, p_message, p_priority, p_url,
-         pg_catalog.jsonb_build_object('job_id', p_job)
-  FROM public.training_jobs t WHERE t.id = p_job
+  VALUES (lorayard.id_of('notification', p_type, p_job::text), p_user, p_type, p_title, p_message, p_priority, p_url,
+          pg_catalog.jsonb_build_object('job_id', p_job))
   ON CONFLICT (id) DO NOTHING;
 END $$;
 
+CREATE OR REPLACE FUNCTION lorayard.notify_user(p_job uuid, p_type text, p_title text, p_message text, p_priority text, p_url text)
+RETURNS void LANGUAGE plpgsql SET search_path = '' AS $$
+BEGIN
+  PERFORM lorayard.tell_user(t.user_id, p_job, p_type, p_title, p_message, p_priority, p_url)
+  FROM public.training_jobs t WHERE t.id = p_job;
+END $$;
+
 -- Ends a job: artifact (NULL for none), final status, cost and notifications in
--- the caller's transaction. A cancel that came first wins. The caller has closed
--- the attempt.
-CREATE OR REPLACE FUNCTION lorayard.end_job(p_job uuid, p_status text, p_message text, p_detail text, p_artifact jsonb)
+-- the caller's transaction. A cancel that came first wins. The caller has locked
+-- the job's row t, and closed the attempt.
+CREATE OR REPLACE FUNCTION lorayard.end_job(t public.training_jobs, p_status text, p_message text, p_detail text, p_artifact jsonb)
 RETURNS text LANGUAGE plpgsql SET search_path = '' AS $$
 DECLARE
-  t        public.training_jobs;
+  p_job    uuid := t.id;
   v_now    timestamptz := pg_catalog.clock_timestamp();
   v_micro  bigint;
   v_used   numeric;
@@ -53,7 +59,6 @@ DECLARE
   v_amount numeric(10,2);
   v_art    uuid;
 BEGIN
-  SELECT * INTO t FROM public.training_jobs x WHERE x.id = p_job FOR UPDATE;
   IF t.status IN ('completed', 'failed', 'cancelled') THEN
     p_status := t.status;
   END IF;
@@ -101,11 +106,11 @@ BEGIN
   END IF;
 
   IF p_status = 'failed' THEN
-    PERFORM lorayard.notify_user(p_job, 'job_failed', 'Training failed', coalesce(p_message, 'The training failed.'), 'high', '/training/jobs/' || p_job);
+    PERFORM lorayard.tell_user(t.user_id, p_job, 'job_failed', 'Training failed', coalesce(p_message, 'The training failed.'), 'high', '/training/jobs/' || p_job);
   ELSIF p_status = 'completed' THEN
-    PERFORM lorayard.notify_user(p_job, 'job_completed', 'Training completed', 'Your model has been trained. Cost: $' || v_amount || '.', 'medium', '/training/jobs/' || p_job);
+    PERFORM lorayard.tell_user(t.user_id, p_job, 'job_completed', 'Training completed', 'Your model has been trained. Cost: $' || v_amount || '.', 'medium', '/training/jobs/' || p_job);
     IF v_art IS NOT NULL THEN
-      PERFORM lorayard.notify_user(p_job, 'artifact_ready', 'Model ready', 'Your trained adapter is ready to download.', 'medium', '/models/' || v_art);
+      PERFORM lorayard.tell_user(t.user_id, p_job, 'artifact_ready', 'Model ready', 'Your trained adapter is ready to download.', 'medium', '/models/' || v_art);
     END IF;
   END IF;
   RETURN p_status;
@@ -113,8 +118,11 @@ END $$;
 
 CREATE OR REPLACE FUNCTION lorayard.finish_job(p_job uuid, p_status text, p_message text, p_detail text)
 RETURNS text LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+  t public.training_jobs;
 BEGIN
-  RETURN lorayard.end_job(p_job, p_status, p_message, p_detail, NULL);
+  SELECT * INTO t FROM public.training_jobs x WHERE x.id = p_job FOR UPDATE;
+  RETURN lorayard.end_job(t, p_status, p_message, p_detail, NULL);
 END $$;
 
 -- As before (migration 4): closes an attempt and, where it is due, the job. The
@@ -124,6 +132,7 @@ CREATE OR REPLACE FUNCTION lorayard.settle(p_job uuid, p_attempt integer, p_nonc
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
 DECLARE
   v_job     lorayard.jobs;
+  v_row     public.training_jobs;
   v_outcome text := p_end ->> 'outcome';
   v_status  text;
   v_final   text;
@@ -134,21 +143,21 @@ BEGIN
     WHERE a.job_id = p_job AND a.attempt = p_attempt AND a.nonce = p_nonce AND a.outcome = v_outcome;
     RETURN coalesce(v_status, 'stale');
   END IF;
-  SELECT t.status INTO v_status FROM public.training_jobs t WHERE t.id = p_job FOR UPDATE;
-  IF v_status = 'cancelled' THEN
+  SELECT * INTO v_row FROM public.training_jobs t WHERE t.id = p_job FOR UPDATE;
+  IF v_row.status = 'cancelled' THEN
     v_outcome := 'cancelled';
   END IF;
   PERFORM lorayard.close_attempt(p_job, p_attempt, v_outcome, coalesce(p_end ->> 'kind', ''), coalesce(p_end ->> 'message', ''),
     v_outcome = 'cancelled' OR coalesce((p_end ->> 'billable')::boolean, false), true);
   IF v_outcome = 'completed' THEN
-    v_final := lorayard.end_job(p_job, 'completed', '', '', p_end -> 'artifact');
+    v_final := lorayard.end_job(v_row, 'completed', '', '', p_end -> 'artifact');
   ELSIF v_outcome = 'cancelled' THEN
-    v_final := lorayard.end_job(p_job, 'cancelled', '', '', NULL);
+    v_final := lorayard.end_job(v_row, 'cancelled', '', '', NULL);
   ELSIF v_outcome = 'handed_back' OR (p_end ->> 'retryable')::boolean THEN
     v_final := lorayard.requeue_job(p_job, coalesce((p_end ->> 'counted')::boolean, false), v_outcome = 'failed' AND NOT coalesce((p_end ->> 'counted')::boolean, false),
       pg_catalog.make_interval(secs => coalesce((p_end ->> 'delay_seconds')::float8, 0)), p_end ->> 'kind', p_end ->> 'message', p_end ->> 'detail');
   ELSE
-    v_final := lorayard.end_job(p_job, 'failed', p_end ->> 'message', p_end ->> 'detail', NULL);
+    v_final := lorayard.end_job(v_row, 'failed', p_end ->> 'message', p_end ->> 'detail', NULL);
   END IF;
   PERFORM pg_catalog.pg_notify('lorayard', 'settled:' || p_job);
   RETURN v_final;
@@ -163,7 +172,6 @@ DECLARE
   v_job    lorayard.jobs;
   v_now    timestamptz;
   v_doc    jsonb;
-  v_status text;
 BEGIN
   -- Held until the commit: a new process of this agent registers before, and
   -- this one is refused, or after, and finds what was accepted.
@@ -176,16 +184,20 @@ BEGIN
     RETURN NULL;
   END IF;
   IF v_job.state = 'assigned' THEN
-    SELECT t.status INTO v_status FROM public.training_jobs t WHERE t.id = p_job FOR UPDATE;
-    IF v_status IS DISTINCT FROM 'queued' THEN
-      RETURN NULL; -- cancelled meanwhile
-    END IF;
     PERFORM 1 FROM lorayard.jobs o
     WHERE o.agent_id = p_agent AND o.state = 'accepted' AND o.job_id <> p_job AND o.devices && v_job.devices;
     IF FOUND THEN
       RETURN NULL; -- a device has an owner
     END IF;
     v_now := pg_catalog.clock_timestamp();
+    -- Nothing is written before this. The empty string keeps the planner from
+    -- the index by status.
+    UPDATE public.training_jobs t SET status = 'initializing', current_stage = 'initializing',
+      started_at = coalesce(t.started_at, v_now), error_message = NULL, retry_count = p_attempt - 1
+    WHERE t.id = p_job AND t.status || '' = 'queued';
+    IF NOT FOUND THEN
+      RETURN NULL; -- cancelled meanwhile
+    END IF;
     UPDATE lorayard.jobs j SET state = 'accepted', nonce = p_nonce, waiting = '', start_earliest = NULL, start_latest = NULL WHERE j.job_id = p_job;
     UPDATE lorayard.attempts a SET nonce = p_nonce, boot = p_boot, accepted_at = v_now, renewed_at = v_now
     WHERE a.job_id = p_job AND a.attempt = p_attempt;
@@ -195,10 +207,7 @@ BEGIN
                 WHERE r.class = d.class AND r.effective_from <= v_now ORDER BY r.effective_from DESC LIMIT 1), 0),
       pg_catalog.tstzrange(v_now, v_now + interval '1 microsecond')
     FROM lorayard.devices d WHERE d.uuid = ANY (v_job.devices);
-    UPDATE public.training_jobs t SET status = 'initializing', current_stage = 'initializing',
-      started_at = coalesce(t.started_at, v_now), error_message = NULL, retry_count = p_attempt - 1
-    WHERE t.id = p_job;
-    PERFORM lorayard.notify_user(p_job, 'job_started', 'Training started', 'Your training job has started.', 'low', '/training/jobs/' || p_job);
+    PERFORM lorayard.tell_user(v_job.user_id, p_job, 'job_started', 'Training started', 'Your training job has started.', 'low', '/training/jobs/' || p_job);
   ELSIF v_job.state <> 'accepted' OR v_job.nonce IS DISTINCT FROM p_nonce THEN
     RETURN NULL;
   END IF;

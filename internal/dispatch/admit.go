@@ -49,9 +49,12 @@ func (d *Dispatcher) admit(ctx context.Context, came []job.ID) error {
 	if len(good) == 0 {
 		return errors.Join(errs...)
 	}
-	if err := d.Store.Admit(ctx, good); err != nil {
+	joined, err := d.Store.Admit(ctx, good)
+	if err != nil {
+		d.known.queue = false
 		return errors.Join(append(errs, err)...)
 	}
+	d.known.join(joined)
 	d.Metrics.Admitted.WithLabelValues("admitted").Add(float64(len(good)))
 	for _, a := range good {
 		d.Log.InfoContext(ctx, "job admitted", "job", a.ID)

@@ -45,7 +45,7 @@ type Store interface {
 
 	Unadmitted(ctx context.Context, n int, only []job.ID) ([]store.Row, error) // nil: all
 	Rates(ctx context.Context) (map[string]int64, error)
-	Admit(ctx context.Context, as []store.Admission) error
+	Admit(ctx context.Context, as []store.Admission) ([]store.Waiting, error)
 	Refuse(ctx context.Context, id job.ID, message string) error
 
 	Waiting(ctx context.Context, n int, only []job.ID) ([]store.Waiting, error) // nil: all

@@ -99,6 +99,19 @@ func (d *Dispatcher) look(ctx context.Context) error {
 	return nil
 }
 
+// join adds jobs that were admitted now: what is known of them is all there is.
+func (k *known) join(admitted []store.Waiting) {
+	if !k.queue {
+		return // all of it is read anew
+	}
+	k.waiting = append(k.waiting, admitted...)
+	for _, w := range admitted {
+		if i, is := slices.BinarySearch(k.came, w.ID); is {
+			k.came = slices.Delete(k.came, i, i+1)
+		}
+	}
+}
+
 // most is how many jobs are placed at once.
 const most = 10 * batch
 

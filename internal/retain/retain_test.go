@@ -126,7 +126,8 @@ func TestWhatNobodyNeedsIsRemovedAndNothingElse(t *testing.T) {
 	w.id = job.ID(db.Job(w.user, db.Dataset(w.user)))
 	spec, err := job.ParseSpec("balanced", []byte(storetest.Hyperparameters), []byte(storetest.GPUConfig), job.Policy{BaseModels: []string{"m"}})
 	w.must(err)
-	w.must(db.Store.Admit(t.Context(), []store.Admission{{ID: w.id, Spec: spec, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}}))
+	_, err = db.Store.Admit(t.Context(), []store.Admission{{ID: w.id, Spec: spec, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}})
+	w.must(err)
 	keeper := &retain.Keeper{
 		Store: db.Store, Storage: w.s, Metrics: metrics.NewDispatcher(), Log: slog.New(slog.DiscardHandler),
 		Config: retain.Config{Checkpoints: 2, Settled: time.Hour, Zombie: time.Minute, Every: time.Hour},

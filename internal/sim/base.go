@@ -305,13 +305,16 @@ func (b *base) unadmitted() (out []store.Row) {
 	return out
 }
 
-func (b *base) admit(as []store.Admission) {
+func (b *base) admit(as []store.Admission) []store.Waiting {
+	joined := map[job.ID]bool{}
 	for _, a := range as {
 		if r := b.byID[a.ID]; r.admitted == 0 && r.Status == job.Queued {
 			r.admitted, r.spec = b.now(), a.Spec
+			joined[r.id] = true
 			b.log("base", "admits", r.id)
 		}
 	}
+	return slices.DeleteFunc(b.waitingJobs(), func(w store.Waiting) bool { return !joined[w.ID] })
 }
 
 // refuse is the SQL's finish_job on a row that never was in the queue: beyond

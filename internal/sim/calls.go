@@ -222,8 +222,8 @@ func (s dispatcherStore) Rates(ctx context.Context) (map[string]int64, error) {
 	return map[string]int64{class: rate}, ctx.Err() // nobody changes them
 }
 
-func (s dispatcherStore) Admit(ctx context.Context, as []store.Admission) error {
-	return run(ctx, s.actor, "admit", func() error { s.w.base.admit(as); return nil })
+func (s dispatcherStore) Admit(ctx context.Context, as []store.Admission) ([]store.Waiting, error) {
+	return call(ctx, s.actor, "admit", func() ([]store.Waiting, error) { return s.w.base.admit(as), nil })
 }
 
 func (s dispatcherStore) Refuse(ctx context.Context, id job.ID, _ string) error {

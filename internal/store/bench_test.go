@@ -34,7 +34,8 @@ func BenchmarkAttempt(b *testing.B) {
 		id := job.ID(db.Job(user, set))
 		ref := job.Ref{Job: id, Attempt: 1, Nonce: uuid.NewString()}
 		step("admit", func() error {
-			return db.Store.Admit(ctx, []store.Admission{{ID: id, Spec: job.Spec{GPUCount: 1, Epochs: 3}, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}})
+			_, err := db.Store.Admit(ctx, []store.Admission{{ID: id, Spec: job.Spec{GPUCount: 1, Epochs: 3}, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}})
+			return err
 		})
 		step("assign", func() error {
 			_, err := db.Store.Assign(ctx, []store.Assignment{{Job: id, Agent: "a", Devices: []string{"GPU-1"}}})

@@ -69,10 +69,12 @@ const admit = `
 		SELECT t.id, t.user_id, g.spec, coalesce(q.priority, 0)
 		FROM given g JOIN public.training_jobs t ON t.id = g.job LEFT JOIN lorayard.quotas q ON q.user_id = t.user_id
 		WHERE t.status = 'queued'
-		ON CONFLICT DO NOTHING RETURNING job_id
+		ON CONFLICT DO NOTHING RETURNING job_id, user_id, priority, admitted_at
+	), filled AS (
+		UPDATE public.training_jobs t SET hyperparameters = g.hyperparameters, gpu_config = g.gpu_config, total_epochs = g.epochs
+		FROM mine JOIN given g ON g.job = mine.job_id WHERE t.id = mine.job_id
 	)
-	UPDATE public.training_jobs t SET hyperparameters = g.hyperparameters, gpu_config = g.gpu_config, total_epochs = g.epochs
-	FROM mine JOIN given g ON g.job = mine.job_id WHERE t.id = mine.job_id`
+	SELECT job_id::text, user_id::text, priority, admitted_at FROM mine`
 
 // Admission is a row that is taken into the queue, with both readers'
 // spellings filled in.
@@ -82,9 +84,13 @@ type Admission struct {
 	Hyperparameters, GPUConfig []byte
 }
 
-// Admit takes rows into the queue in one statement. Admitting twice changes
-// nothing.
-func (s *Store) Admit(ctx context.Context, as []Admission) error {
+// What a crash of the database forgets of an admission is admitted again, so it
+// need not be on the disk; the assignment that follows is.
+const needNoDisk = `SELECT set_config('synchronous_commit', 'off', true)`
+
+// Admit takes rows into the queue in one statement, and returns those that
+// joined it now, as Waiting would. Admitting twice changes nothing.
+func (s *Store) Admit(ctx context.Context, as []Admission) ([]Waiting, error) {
 	type row struct {
 		Job             job.ID          `json:"job"`
 		Spec            job.Spec        `json:"spec"`
@@ -98,12 +104,36 @@ func (s *Store) Admit(ctx context.Context, as []Admission) error {
 	}
 	raw, err := json.Marshal(doc)
 	if err != nil {
-		return fmt.Errorf("encode admissions: %w", err)
+		return nil, fmt.Errorf("encode admissions: %w", err)
 	}
-	if _, err := s.pool.Exec(ctx, admit, raw); err != nil {
-		return fmt.Errorf("admit %d jobs: %w", len(as), err)
+	b := &pgx.Batch{}
+	b.Queue(needNoDisk)
+	b.Queue(admit, raw)
+	res := s.pool.SendBatch(ctx, b)
+	out, err := admitted(res, as)
+	if err := errors.Join(err, res.Close()); err != nil {
+		return nil, fmt.Errorf("admit %d jobs: %w", len(as), err)
 	}
-	return nil
+	return out, nil
+}
+
+func admitted(res pgx.BatchResults, as []Admission) ([]Waiting, error) {
+	if _, err := res.Exec(); err != nil {
+		return nil, err
+	}
+	rows, err := res.Query()
+	if err != nil {
+		return nil, err
+	}
+	specs := make(map[job.ID]job.Spec, len(as))
+	for _, a := range as {
+		specs[a.ID] = a.Spec
+	}
+	return pgx.CollectRows(rows, func(r pgx.CollectableRow) (w Waiting, err error) {
+		err = r.Scan(&w.ID, &w.User, &w.Priority, &w.Admitted)
+		w.Spec = specs[w.ID]
+		return w, err
+	})
 }
 
 const refuse = `SELECT lorayard.refuse($1, $2)`

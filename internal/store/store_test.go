@@ -67,7 +67,7 @@ func admit(t *testing.T, db *storetest.DB, id job.ID) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = db.Store.Admit(t.Context(), []store.Admission{{ID: id, Spec: spec, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}})
+	_, err = db.Store.Admit(t.Context(), []store.Admission{{ID: id, Spec: spec, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,7 +29,8 @@ func (w *world) job() job.ID {
 	id := job.ID(w.Job(w.user, w.Dataset(w.user)))
 	spec, err := job.ParseSpec("balanced", []byte(Hyperparameters), []byte(GPUConfig), job.Policy{BaseModels: []string{"m"}})
 	w.must(err)
-	w.must(w.Store.Admit(w.t.Context(), []store.Admission{{ID: id, Spec: spec, Hyperparameters: []byte(Hyperparameters), GPUConfig: []byte(GPUConfig)}}))
+	_, err = w.Store.Admit(w.t.Context(), []store.Admission{{ID: id, Spec: spec, Hyperparameters: []byte(Hyperparameters), GPUConfig: []byte(GPUConfig)}})
+	w.must(err)
 	return id
 }
 

@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 		}
 		// The tests of faults wait for leases much more than they compute.
 		flag.Parse()
-		if err := flag.Set("test.parallel", "5"); err != nil {
+		if err := flag.Set("test.parallel", "6"); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}

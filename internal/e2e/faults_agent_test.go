@@ -16,7 +16,7 @@ import (
 // The agent is killed the moment a checkpoint is published. Patience is endless
 // here: what brings the job elsewhere is the report of its shim.
 func TestAKilledAgentsJobIsElsewhereAtOnce(t *testing.T) {
-	f := faults(t, append(dry(60, 50*time.Millisecond), "PATIENCE=1h")...)
+	f := faults(t, append(dry(100, 50*time.Millisecond), "PATIENCE=1h")...)
 	f.dispatcher("dispatcher")
 	first := f.agent("host-1")
 	id := f.job()
@@ -24,7 +24,7 @@ func TestAKilledAgentsJobIsElsewhereAtOnce(t *testing.T) {
 	f.agent("host-2")
 	f.until("a checkpoint", `SELECT count(*) > 0 FROM checkpoints WHERE job_id = $1`, id)
 	first.Kill()
-	f.completed(id, 60, "1 host-1 lost, 2 host-2 completed")
+	f.completed(id, 100, "1 host-1 lost, 2 host-2 completed")
 	if got := f.text(`SELECT resume_step > 0 FROM lorayard.attempts WHERE job_id = $1 AND attempt = 2`, id); got != "t" {
 		t.Error("attempt 2 began anew")
 	}
@@ -112,7 +112,7 @@ func TestLeadersAreKilledAndFrozen(t *testing.T) {
 // report to. One host comes back, and its job is begun again at once; the other
 // does not, and is waited for as long as its lease and patience say.
 func TestAgentAndDispatcherAreKilledTogether(t *testing.T) {
-	f := faults(t, dry(60, 50*time.Millisecond)...)
+	f := faults(t, dry(100, 100*time.Millisecond)...)
 	d := f.dispatcher("dispatcher")
 	one := f.agent("host-1", "PRETEND_GPUS=1")
 	back := f.job()
@@ -126,8 +126,8 @@ func TestAgentAndDispatcherAreKilledTogether(t *testing.T) {
 	f.eventually("the end of the orphans", func() bool { return f.trainers("") == 0 })
 	f.dispatcher("dispatcher")
 	f.agent("host-1", "PRETEND_GPUS=1")
-	f.completed(back, 60, "1 host-1 lost, 2 host-1 completed")
-	f.completed(gone, 60, "1 host-2 lost, 2 host-1 completed")
+	f.completed(back, 100, "1 host-1 lost, 2 host-1 completed")
+	f.completed(gone, 100, "1 host-2 lost, 2 host-1 completed")
 	if got := f.text(`SELECT message FROM lorayard.attempts WHERE job_id = $1 AND attempt = 1`, gone); !strings.Contains(got, "stopped renewing") {
 		t.Errorf("host-2's attempt was lost because: %s", got)
 	}
@@ -202,6 +202,35 @@ func TestAFrozenAgentWakesUpTooLate(t *testing.T) {
 	}
 }
 
+// An agent alone does not reach the database for longer than lease and patience.
+// Its run goes on, and is given away; what it has spooled meanwhile is refused
+// when it is back, and its trainer ends.
+func TestAnAgentIsCutOffForTooLong(t *testing.T) {
+	f := faults(t, dry(160, 100*time.Millisecond)...)
+	f.dispatcher("dispatcher")
+	proxy := f.wireDatabase()
+	cut := f.agent("host-1")
+	id := f.job()
+	f.until("a checkpoint", `SELECT count(*) > 0 FROM checkpoints WHERE job_id = $1`, id)
+	f.agents = nil // the other one reaches it
+	f.agent("host-2")
+	f.must(proxy.Refuse())
+	f.until("attempt 2", `SELECT state = 'accepted' AND attempt = 2 FROM lorayard.jobs WHERE job_id = $1`, id)
+	if n := f.trainers(filepath.Join(f.Dir, "host-1")); n != 1 {
+		t.Errorf("%d trainers run where the database is away", n)
+	}
+	before := f.text(`SELECT count(*) FROM lorayard.samples WHERE job_id = $1 AND attempt = 1`, id)
+	f.must(proxy.Pass())
+	f.eventually("the end of the zombie's trainer", func() bool { return f.trainers(filepath.Join(f.Dir, "host-1")) == 0 })
+	f.eventually("the zombie's insight", func() bool {
+		return f.metric(cut, `lorayard_agent_attempts_total{kind="lease_lost",outcome="lost"}`) == 1
+	})
+	f.completed(id, 160, "1 host-1 lost, 2 host-2 completed")
+	if after := f.text(`SELECT count(*) FROM lorayard.samples WHERE job_id = $1 AND attempt = 1`, id); after != before {
+		t.Errorf("the zombie had %s samples and now has %s", before, after)
+	}
+}
+
 // A host stands still for longer than its lease, not for its patience: it goes
 // on where it was.
 func TestAFrozenAgentWakesUpInTime(t *testing.T) {
@@ -222,7 +251,7 @@ func TestAFrozenAgentWakesUpInTime(t *testing.T) {
 // database, and the trainer never notices: one attempt, every step once, and
 // the losses of a run that nobody disturbed.
 func TestARestartedAgentAdoptsItsJob(t *testing.T) {
-	f := faults(t, dry(130, 100*time.Millisecond)...)
+	f := faults(t, dry(150, 100*time.Millisecond)...)
 	proxy := f.wireDatabase()
 	f.dispatcher("dispatcher")
 	f.agent("host-1")
@@ -245,11 +274,11 @@ func TestARestartedAgentAdoptsItsJob(t *testing.T) {
 		t.Errorf("%d trainers run on", n)
 	}
 	f.must(proxy.Pass())
-	f.completed(id, 130, "1 host-1 completed")
+	f.completed(id, 150, "1 host-1 completed")
 	if f.text(`SELECT boot FROM lorayard.agents`) == boot {
 		t.Error("no other process registered")
 	}
-	f.completed(whole, 130, "1 host-1 completed")
+	f.completed(whole, 150, "1 host-1 completed")
 	f.sameCurve(id, whole)
 }
 
@@ -277,7 +306,7 @@ func TestCordonAndDrain(t *testing.T) {
 	f.steps(finishes, 3)
 	_, err := f.Tell(t.Context(), "host-1", "drain", "--within", "1m", "--no-wait")
 	f.must(err)
-	f.agent("host-2")
+	f.agent("host-2", dry(100, 100*time.Millisecond)...)
 	leaves := f.job()
 	f.steps(leaves, 10)
 	f.completed(finishes, 40, "1 host-1 completed")
@@ -289,10 +318,10 @@ func TestCordonAndDrain(t *testing.T) {
 			return false
 		}
 	})
-	f.agent("host-1")
+	f.agent("host-1", dry(100, 100*time.Millisecond)...)
 	_, err = f.Tell(t.Context(), "host-2", "drain", "--within", "100ms")
 	f.must(err)
-	f.completed(leaves, 40, "1 host-2 handed_back, 2 host-1 completed")
+	f.completed(leaves, 100, "1 host-2 handed_back, 2 host-1 completed")
 	if got := f.text(`SELECT resume_step >= 10 FROM lorayard.attempts WHERE job_id = $1 AND attempt = 2`, leaves); got != "t" {
 		t.Error("the handed-back job began anew")
 	}

@@ -432,6 +432,22 @@ func (s *stack) operate(args ...string) error {
 	return err
 }
 
+// Every connection of an agent goes dead without a word, and new ones work: a
+// firewall has forgotten them. The lease is kept on a new one, long before
+// anybody loses patience.
+func TestForgottenConnectionsAreReplaced(t *testing.T) {
+	f := faults(t, append(dry(140, 100*time.Millisecond), "PATIENCE=7s")...)
+	f.dispatcher("dispatcher")
+	proxy := f.wireDatabase()
+	f.agent("host-1")
+	id := f.job()
+	f.steps(id, 3)
+	f.must(proxy.Blackhole())
+	away(time.Second) // every connection has something to say by now
+	f.must(proxy.Pass())
+	f.completed(id, 140, "1 host-1 completed")
+}
+
 // Connections to Postgres are cut one by one all the time, then every answer
 // takes long: jobs are run as ever.
 func TestPostgresIsCutAndSlow(t *testing.T) {

@@ -37,8 +37,8 @@ type Store struct {
 type Options struct {
 	Name     string // application_name
 	MaxConns int32  // 0 means 8
-	// LeaseConns are the connections kept for leases; 0 means 1, which is
-	// enough for one agent or dispatcher.
+	// LeaseConns are the connections for leases; 0 means 1, which is enough for
+	// one agent or dispatcher. A few more are made while one is being buried.
 	LeaseConns int32
 	// Session is the URL for LISTEN and locks when URL is a transaction
 	// pooler; empty means the same URL.
@@ -58,6 +58,7 @@ func Open(ctx context.Context, rawURL string, o Options) (*Store, error) {
 	cfg.MaxConnLifetime = 30 * time.Minute
 	cfg.MaxConnLifetimeJitter = 5 * time.Minute
 	cfg.MaxConnIdleTime = 5 * time.Minute
+	cfg.PingTimeout = idlePing
 	configure(cfg.ConnConfig, o.Name)
 
 	session := cfg.ConnConfig.Copy()
@@ -68,7 +69,7 @@ func Open(ctx context.Context, rawURL string, o Options) (*Store, error) {
 		configure(session, o.Name)
 	}
 	lease := cfg.Copy()
-	lease.MaxConns = max(1, o.LeaseConns)
+	lease.MaxConns = max(1, o.LeaseConns) + buried
 	lease.ConnConfig.ConnectTimeout = leaseConnect
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
@@ -85,6 +86,16 @@ func Open(ctx context.Context, rawURL string, o Options) (*Store, error) {
 	}
 	return s, nil
 }
+
+// buried is how many connections of the lease may lie in their graves. One that
+// went silent keeps its place in the pool for the 15 s in which pgx tries to
+// part from it in good order: with a single place, nobody could renew or lead
+// for as long after the network was back.
+const buried = 3
+
+// idlePing bounds the pool's question whether a connection that was idle still
+// works, which is otherwise as patient as its caller.
+const idlePing = 2 * time.Second
 
 // leaseConnect bounds a dial of the lease's connection: a renewal that has to
 // dial first should still come in time.

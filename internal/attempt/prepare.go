@@ -60,17 +60,24 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 	}, nil
 }
 
-// setResumeStep waits for a database that is away: that is no reason to give a
-// job back whose devices are here.
+// setResumeStep records the step to go on from.
 func (x *run) setResumeStep(ctx context.Context, step int) error {
+	return x.patiently(ctx, "the step to go on from is not recorded yet", func(ctx context.Context) error {
+		return x.Store.SetResumeStep(ctx, x.as.Ref, step)
+	})
+}
+
+// patiently waits for a database that is away: that is no reason to give a job
+// back whose devices are here.
+func (x *run) patiently(ctx context.Context, said string, call func(context.Context) error) error {
 	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-		call, cancel := context.WithTimeout(ctx, 15*time.Second)
-		err := x.Store.SetResumeStep(call, x.as.Ref, step)
+		limited, cancel := context.WithTimeout(ctx, 15*time.Second)
+		err := call(limited)
 		cancel()
 		if err == nil || job.KindOf(err) == job.LeaseLost || store.IsData(err) {
 			return err
 		}
-		x.log.WarnContext(ctx, "the step to go on from is not recorded yet", "err", err)
+		x.log.WarnContext(ctx, said, "err", err)
 		select {
 		case <-ctx.Done():
 			return stopped(ctx)
@@ -92,10 +99,20 @@ func (x *run) checkDisk() error {
 	return nil
 }
 
-// dataset fetches the data file. Files are kept by their digest; what a path
-// held the last time is remembered by the version that Storage gives.
+// dataset fetches the data file: the one that the validation wrote, else the
+// user's own. Files are kept by their digest; what a path held the last time is
+// remembered by the version that Storage gives.
 func (x *run) dataset(ctx context.Context) (path, digest string, err error) {
 	d := x.as.Dataset
+	var file store.DataFile
+	err = x.patiently(ctx, "which file to train on is not known yet", func(ctx context.Context) (err error) {
+		file, err = x.Store.DataFile(ctx, x.as.Ref)
+		return err
+	})
+	if err != nil {
+		return "", "", err
+	}
+	d.Bucket, d.Path = file.Bucket, file.Path
 	info, err := x.look(ctx, d.Bucket, d.Path, 0)
 	if err != nil {
 		return "", "", x.fetchFailure(ctx, fmt.Errorf("look at data set %s: %w", d.ID, err))
@@ -115,7 +132,10 @@ func (x *run) dataset(ctx context.Context) (path, digest string, err error) {
 		}
 	}
 	part := filepath.Join(x.dir, "data.part")
-	obj, err := x.download(ctx, info, d.Bucket, d.Path, part, info.SHA256)
+	if file.SHA256 == "" {
+		file.SHA256 = info.SHA256
+	}
+	obj, err := x.download(ctx, info, d.Bucket, d.Path, part, file.SHA256)
 	if err != nil {
 		return "", "", x.fetchFailure(ctx, fmt.Errorf("fetch data set %s: %w", d.ID, err))
 	}

@@ -82,6 +82,7 @@ type run struct {
 	ship  *ship.Shipper
 	stage stageClock
 	board board
+	takes int64  // bytes that Storage takes as one object, 0: not known
 	heard uint64 // the last of the trainer's events that was dealt with
 
 	mu        sync.Mutex

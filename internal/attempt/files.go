@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"lorayard/internal/job"
@@ -119,6 +120,36 @@ func (x *run) send(ctx context.Context, bucket, key, from, digest string) (stora
 		return x.same(ctx, o.Look, bucket, key, from)
 	}
 	return storage.Object{}, err
+}
+
+// limit asks what Storage takes as one object, before anything is trained for
+// it; 0 when nobody knows.
+func (x *run) limit(ctx context.Context) (int64, error) {
+	g, err := x.grant(ctx, store.GrantWrite, artifactBucket, x.as.User+"/"+artifactID(x.as.Ref)+"/"+adapterFile, 0)
+	if err != nil {
+		return 0, err
+	}
+	return g.Limit, nil
+}
+
+// adapterFile is the largest file of an adapter, by peft's name.
+const adapterFile = "adapter_model.safetensors"
+
+// tooLarge is a failure when what a trainer with so many trainable parameters
+// would write cannot be stored: an adapter has 4 bytes for each, and the moments
+// of AdamW, the largest file of a checkpoint, have 8.
+func tooLarge(parameters, limit int64) error {
+	const moments = 8
+	if limit <= 0 || moments*parameters <= limit {
+		return nil
+	}
+	mb := func(n int64) string { return strconv.FormatFloat(float64(n)/1e6, 'f', 1, 64) + " MB" }
+	return &job.Failure{
+		Kind: job.SpecInvalid,
+		Message: fmt.Sprintf("This training would write files of about %s, and storage bucket %s takes %s at most: choose a lower rank, or have the limit raised.",
+			mb(moments*parameters), artifactBucket, mb(limit)),
+		Err: fmt.Errorf("%d trainable parameters do not fit the limit of %d bytes of bucket %s", parameters, limit, artifactBucket),
+	}
 }
 
 // errExists is the answer to a question for an upload token: it is there.

@@ -35,6 +35,9 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 	if err != nil {
 		return wire.Plan{}, err
 	}
+	if x.takes, err = x.limit(ctx); err != nil {
+		return wire.Plan{}, x.fetchFailure(ctx, fmt.Errorf("ask what Storage takes: %w", err))
+	}
 	resume, step, err := x.checkpoint(ctx)
 	if err != nil {
 		return wire.Plan{}, err

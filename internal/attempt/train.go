@@ -57,6 +57,7 @@ func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, erro
 	x.live.Attach(child)
 	defer x.live.Attach(nil)
 	var result *wire.Event
+	var large error // what it would write cannot be stored
 	saved := newLatest()
 	ended := make(chan struct{})
 	g := errgroup.Group{}
@@ -92,6 +93,11 @@ func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, erro
 		if e.Ev == "result" {
 			result = &e.Event
 		}
+		if e.Ev == "plan" && large == nil {
+			if large = tooLarge(e.TrainableParameters, x.takes); large != nil {
+				child.Kill()
+			}
+		}
 	}
 	failure := child.Wait()
 	close(ended)
@@ -110,6 +116,8 @@ func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, erro
 		return nil, x.leave(x.heard) // it has ended, and the next process finds out how
 	case s != nil && failure != nil:
 		return nil, s
+	case large != nil:
+		return nil, large
 	case failure != nil:
 		return nil, failure
 	case uploadErr != nil && job.KindOf(uploadErr) == job.LeaseLost:

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"lorayard/internal/storage"
 )
 
 // A dispatcher and an agent with the logins that the README tells to make do
@@ -43,5 +45,25 @@ func TestTheRolesSuffice(t *testing.T) {
 	// Neither bypasses row level security, nor owns anything.
 	if got := s.text(`SELECT string_agg(rolname, ' ') FROM pg_roles WHERE rolname LIKE 'lorayard%' AND (rolbypassrls OR rolsuper OR rolcreaterole OR rolcreatedb)`); got != "" {
 		t.Errorf("%s may too much", got)
+	}
+}
+
+// The limit of the bucket is known before anything is trained for it.
+func TestWhatCannotBeStoredIsNotTrained(t *testing.T) {
+	s := start(t, dry(1000, 100*time.Millisecond)...)
+	s.fakeModel()
+	c, err := storage.Open(storage.Config{URL: s.SupabaseURL, Key: s.SupabaseKey})
+	s.must(err)
+	s.must(c.EnsureBucket(t.Context(), "lora-models", storage.BucketOptions{FileSizeLimit: 1500}))
+	s.dispatcher("dispatcher")
+	s.agent("host-1")
+	user, data := s.dataset(s.write("talks.jsonl", strings.Repeat(oneTalk, 20)))
+	id := s.insert(user, data, nil)
+	s.status(id, "failed")
+	if got := s.text(`SELECT error_message FROM training_jobs WHERE id = $1`, id); !strings.Contains(got, "lora-models takes 0.0 MB") || !strings.Contains(got, "lower rank") {
+		t.Errorf("the user reads %q", got)
+	}
+	if got := s.text(`SELECT count(*) FROM checkpoints WHERE job_id = $1`, id); got != "0" {
+		t.Errorf("%s checkpoints were published", got)
 	}
 }

@@ -26,8 +26,10 @@ const (
 	sweep = time.Minute
 	// side bounds calls of Storage at once.
 	side = 8
-	// limit bounds one answer; the store lets another dispatcher try after it.
-	limit = 30 * time.Second
+	// answerLimit bounds one answer; the store lets another dispatcher try after it.
+	answerLimit = 30 * time.Second
+	// limitAge is how long what a bucket takes is believed.
+	limitAge = 5 * time.Minute
 )
 
 // Minter answers what agents ask for.
@@ -39,6 +41,9 @@ type Minter struct {
 
 	wake chan struct{}
 	once sync.Once
+
+	mu     sync.Mutex
+	limits map[string]bucketLimit
 }
 
 // Wake says that somebody asked.
@@ -104,7 +109,7 @@ func (m *Minter) round(ctx context.Context) error {
 
 // answer signs what is asked. What only Storage keeps it from is given back.
 func (m *Minter) answer(ctx context.Context, a store.Asked) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
 	defer cancel()
 	g, err := m.sign(ctx, a)
 	if e, ok := errors.AsType[*storage.Error](err); ok && !e.Retryable() && ctx.Err() == nil {
@@ -123,12 +128,41 @@ func (m *Minter) answer(ctx context.Context, a store.Asked) error {
 	return m.Store.Answer(ctx, a.ID, g)
 }
 
+// limit is what a bucket takes, asked for now and then. An operator raises it
+// seldom, and a bucket whose limit is not known takes what it takes.
+func (m *Minter) limit(ctx context.Context, bucket string) int64 {
+	m.mu.Lock()
+	known, ok := m.limits[bucket]
+	m.mu.Unlock()
+	if ok && time.Since(known.at) < limitAge {
+		return known.bytes
+	}
+	n, err := m.Storage.Limit(ctx, bucket)
+	if err != nil {
+		m.Log.WarnContext(ctx, "limit of a bucket not known", "err", err)
+		return known.bytes
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.limits == nil {
+		m.limits = map[string]bucketLimit{}
+	}
+	m.limits[bucket] = bucketLimit{n, time.Now()}
+	return n
+}
+
+type bucketLimit struct {
+	bytes int64
+	at    time.Time
+}
+
 func (m *Minter) sign(ctx context.Context, a store.Asked) (g store.Grant, err error) {
 	if a.Verb == store.GrantWrite {
 		g.Token, err = m.Storage.SignUpload(ctx, a.Bucket, a.Key)
 		if storage.IsExists(err) {
 			return store.Grant{Exists: true}, nil
 		}
+		g.Limit = m.limit(ctx, a.Bucket)
 		return g, err
 	}
 	i, err := m.Storage.Info(ctx, a.Bucket, a.Key)

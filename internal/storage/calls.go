@@ -83,6 +83,30 @@ func (c *Client) EnsureBucket(ctx context.Context, name string, o BucketOptions)
 	return c.json(ctx, about, http.MethodPut, at, want, &made)
 }
 
+// Limit is the largest object in bytes that a bucket takes: the lower one of the
+// bucket's own limit and the project's. 0 when the store names none.
+func (c *Client) Limit(ctx context.Context, bucket string) (int64, error) {
+	about := Error{Op: "ask for the limit of bucket", Bucket: bucket}
+	if err := checkBucket(bucket); err != nil {
+		about.Err = err
+		return 0, &about
+	}
+	var have struct {
+		FileSizeLimit *int64 `json:"file_size_limit"`
+	}
+	if err := c.json(ctx, about, http.MethodGet, "/bucket/"+url.PathEscape(bucket), nil, &have); err != nil {
+		return 0, err
+	}
+	project, err := c.MaxUploadBytes(ctx)
+	if err != nil || have.FileSizeLimit == nil || *have.FileSizeLimit == 0 {
+		return project, err
+	}
+	if project == 0 {
+		return *have.FileSizeLimit, nil
+	}
+	return min(project, *have.FileSizeLimit), nil
+}
+
 // RemoveBucket deletes an empty bucket.
 func (c *Client) RemoveBucket(ctx context.Context, name string) error {
 	about := Error{Op: "remove bucket", Bucket: name}

@@ -32,6 +32,7 @@ type Grant struct {
 	Exists  bool   `json:"exists,omitempty"`  // write: there is one already; look whether it is the same
 	URL     string `json:"url,omitempty"`
 	Token   string `json:"token,omitempty"`
+	Limit   int64  `json:"limit,omitempty"` // write: the largest object in bytes that its bucket takes; 0: not known
 	Bytes   int64  `json:"bytes,omitempty"`
 	ETag    string `json:"etag,omitempty"`
 	SHA256  string `json:"sha256,omitempty"` // lower-case hex; empty: not known

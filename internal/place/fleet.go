@@ -3,11 +3,10 @@ package place
 import (
 	"cmp"
 	"encoding/binary"
-	"fmt"
 	"maps"
 	"math"
 	"slices"
-	"strings"
+	"strconv"
 	"time"
 )
 
@@ -24,6 +23,7 @@ type state struct {
 	demands map[string]*demand
 	wishes  map[string][]int // wish and least memory → kinds
 	models  map[string][]bool
+	key     []byte // of the maps above, made anew for each job
 
 	reservations []*reservation
 	reserved     int // reservations that are no claims
@@ -273,19 +273,20 @@ func (s *state) lacks(h *host, model string) bool {
 // demandOf finds what j asks for among what was asked for before.
 func (s *state) demandOf(j *Job) *demand {
 	kinds := s.kindsOf(j)
-	var key strings.Builder
-	var buf [binary.MaxVarintLen64]byte
-	number := func(n int) { key.Write(buf[:binary.PutVarint(buf[:], int64(n))]) }
-	number(j.Count)
-	number(len(kinds))
+	key := s.key[:0] // a lookup with it makes no string
+	key = binary.AppendVarint(key, int64(j.Count))
+	key = binary.AppendVarint(key, int64(len(kinds)))
 	for _, k := range kinds {
-		number(k)
+		key = binary.AppendVarint(key, int64(k))
 	}
-	fmt.Fprintf(&key, "%q", j.BaseModel)
-	for _, l := range slices.Sorted(maps.Keys(j.Labels)) {
-		fmt.Fprintf(&key, "%q%q", l, j.Labels[l])
+	key = strconv.AppendQuote(key, j.BaseModel)
+	if len(j.Labels) > 0 {
+		for _, l := range slices.Sorted(maps.Keys(j.Labels)) {
+			key = strconv.AppendQuote(strconv.AppendQuote(key, l), j.Labels[l])
+		}
 	}
-	d := s.demands[key.String()]
+	s.key = key
+	d := s.demands[string(key)]
 	if d == nil {
 		d = &demand{count: j.Count, model: j.BaseModel, labels: j.Labels, kinds: kinds}
 		for i := range s.pools {
@@ -299,22 +300,28 @@ func (s *state) demandOf(j *Job) *demand {
 				d.pools = append(d.pools, candidate{i, lacks})
 			}
 		}
-		s.demands[key.String()] = d
+		s.demands[string(key)] = d
 	}
 	return d
 }
 
 // kindsOf lists the kinds that j would take.
 func (s *state) kindsOf(j *Job) []int {
-	key := fmt.Sprint(j.MinBytes, " ", j.Wish)
-	kinds, ok := s.wishes[key]
+	key := binary.AppendVarint(s.key[:0], j.MinBytes)
+	key = binary.AppendVarint(key, int64(j.Wish.MinGB))
+	key = binary.AppendVarint(key, int64(j.Wish.MaxGB))
+	for _, c := range j.Wish.Classes {
+		key = strconv.AppendQuote(key, c)
+	}
+	s.key = key
+	kinds, ok := s.wishes[string(key)]
 	if !ok {
 		for i, k := range s.kinds {
 			if k.bytes >= j.MinBytes && j.Wish.Matches(k.class, k.bytes) {
 				kinds = append(kinds, i)
 			}
 		}
-		s.wishes[key] = kinds
+		s.wishes[string(key)] = kinds
 	}
 	return kinds
 }

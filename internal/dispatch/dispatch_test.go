@@ -3,6 +3,7 @@ package dispatch_test
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -10,6 +11,7 @@ import (
 	"lorayard/internal/dispatch"
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
+	"lorayard/internal/queue"
 	"lorayard/internal/store"
 )
 
@@ -72,6 +74,69 @@ func TestASilentAgentIsJudgedWhenItsLeaseRunsOutAndNotAtTheNextPoll(t *testing.T
 		go d.Run(ctx)
 		if late := (<-s.judged).Sub(s.lapses); late > 50*time.Millisecond {
 			t.Errorf("judged %v after its lease", late)
+		}
+	})
+}
+
+// gone is a database in which the host that the leader knows is gone when the
+// first job comes, and another one is there.
+type gone struct {
+	oneAgent
+	hosts    []store.Host
+	wake     func(string)
+	assigned chan string
+}
+
+func (s *gone) Listen(ctx context.Context, wake func(string)) error {
+	time.Sleep(100 * time.Millisecond)
+	s.hosts[0].Agent = "new"
+	wake("job:j")
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (s *gone) Hosts(context.Context) ([]store.Host, error) { return slices.Clone(s.hosts), nil }
+func (s *gone) Users(context.Context) ([]store.User, error) { return nil, nil }
+func (s *gone) Rates(context.Context) (map[string]int64, error) {
+	return map[string]int64{"H100": 1}, nil
+}
+func (s *gone) Running(context.Context) ([]store.Running, error) { return nil, nil }
+func (s *gone) SetWaiting(context.Context, []store.Wait) error   { return nil }
+func (s *gone) Waiting(_ context.Context, _ int, only []job.ID) ([]store.Waiting, error) {
+	if s.hosts[0].Agent == "old" {
+		return nil, nil
+	}
+	return []store.Waiting{{ID: "j", User: "u", Spec: job.Spec{GPUCount: 1}}}, nil
+}
+
+func (s *gone) Assign(_ context.Context, as []store.Assignment) ([]store.Send, error) {
+	if as[0].Agent == "old" {
+		return nil, nil
+	}
+	s.assigned <- as[0].Agent
+	return []store.Send{{Agent: as[0].Agent, Task: job.Task{Ref: job.Ref{Job: "j", Attempt: 1}}}}, nil
+}
+
+type noQueue struct{}
+
+func (noQueue) SendAll(_ context.Context, sends []queue.Send) []error {
+	return make([]error, len(sends))
+}
+
+func TestAJobForAHostThatIsGoneIsPlacedAgainAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &gone{assigned: make(chan string, 10)}
+		s.hosts = []store.Host{{Agent: "old", Devices: []store.Device{{UUID: "GPU-1", Class: "H100", MemoryBytes: 80e9}}}}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		d := dispatch.New(dispatch.Parts{
+			Store: s, Queue: noQueue{}, Metrics: metrics.NewDispatcher(), Log: slog.New(slog.DiscardHandler),
+			Config: dispatch.Config{Poll: time.Second, Term: 3 * time.Second},
+		})
+		began := time.Now()
+		go d.Run(ctx)
+		if agent := <-s.assigned; agent != "new" || time.Since(began) > 200*time.Millisecond {
+			t.Errorf("assigned to %s after %v", agent, time.Since(began))
 		}
 	})
 }

@@ -21,6 +21,7 @@ type known struct {
 	users    map[string]place.User
 	usersAt  time.Time
 	reserved map[string]string // job → agent that was promised to it
+	again    bool              // the last assignment was not carried out in full
 	busy     bool              // the round under way, or the last one, assigned jobs and others wait
 
 	// waiting is the queue as it was last read, without what was assigned since;
@@ -241,9 +242,13 @@ func (d *Dispatcher) assign(ctx context.Context, waiting []store.Waiting, as []p
 		d.Metrics.Assigned.Inc()
 		d.Log.InfoContext(ctx, "attempt assigned", "job", s.Task.Ref.Job, "attempt", s.Task.Ref.Attempt, "agent", s.Agent, "device", s.Task.Devices)
 	}
-	if len(sends) < len(as) { // something was not as we knew it
+	again := d.known.again
+	if d.known.again = len(sends) < len(as); d.known.again { // something was not as we knew it
 		d.stale.Store(true)
 		d.known.queue = false
+		if !again { // once: who keeps being refused waits for the next poll
+			d.Wake()
+		}
 	}
 	d.send(ctx, sends)
 	return err

@@ -301,4 +301,20 @@ BEGIN
     'attempts', v_attempts);
 END $$;
 
+-- As before; and the leader looks at its hosts again, before it gives the job to
+-- the dead one.
+CREATE OR REPLACE FUNCTION lorayard.report_death(p_agent text, p_boot uuid, p_job uuid, p_attempt integer, p_nonce uuid, p_message text)
+RETURNS text LANGUAGE plpgsql SET search_path = '' AS $$
+BEGIN
+  PERFORM 1 FROM lorayard.agents a WHERE a.id = p_agent FOR UPDATE;
+  PERFORM 1 FROM lorayard.jobs j
+  WHERE j.job_id = p_job AND j.attempt = p_attempt AND j.nonce = p_nonce AND j.agent_id = p_agent AND j.state = 'accepted' FOR UPDATE;
+  IF NOT FOUND THEN
+    RETURN 'stale';
+  END IF;
+  UPDATE lorayard.agents a SET lease_until = least(a.lease_until, pg_catalog.clock_timestamp()) WHERE a.id = p_agent AND a.boot = p_boot;
+  PERFORM pg_catalog.pg_notify('lorayard', 'agent:' || p_agent);
+  RETURN lorayard.lose_attempt(p_job, p_attempt, p_message);
+END $$;
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA lorayard FROM PUBLIC;

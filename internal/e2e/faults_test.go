@@ -436,7 +436,7 @@ func (s *stack) operate(args ...string) error {
 // firewall has forgotten them. The lease is kept on a new one, long before
 // anybody loses patience.
 func TestForgottenConnectionsAreReplaced(t *testing.T) {
-	f := faults(t, append(dry(140, 100*time.Millisecond), "PATIENCE=7s")...)
+	f := faults(t, append(dry(110, 100*time.Millisecond), "PATIENCE=5s")...)
 	f.dispatcher("dispatcher")
 	proxy := f.wireDatabase()
 	f.agent("host-1")
@@ -445,7 +445,7 @@ func TestForgottenConnectionsAreReplaced(t *testing.T) {
 	f.must(proxy.Blackhole())
 	away(time.Second) // every connection has something to say by now
 	f.must(proxy.Pass())
-	f.completed(id, 140, "1 host-1 completed")
+	f.completed(id, 110, "1 host-1 completed")
 }
 
 // Connections to Postgres are cut one by one all the time, then every answer
@@ -468,11 +468,13 @@ func TestPostgresIsCutAndSlow(t *testing.T) {
 		}
 	})
 	var ids []string
-	for range 3 {
+	for range 2 {
 		ids = append(ids, f.job())
 	}
 	for _, id := range ids {
-		f.completed(id, 50, "1 host-1 completed")
+		// An attempt whose accept was cut off may go back to the queue.
+		f.status(id, "completed")
+		f.completed(id, 50, f.text(`SELECT attempt FROM lorayard.jobs WHERE job_id = $1`, id)+" host-1 completed")
 	}
 	stop()
 	cutter.Wait()

@@ -278,6 +278,40 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 	storetest.Check(t, db.Pool)
 }
 
+// The page draws the curve in the order of time. An attempt that does steps
+// again must not put them after those that it has not come to.
+func TestACurveThatIsDoneAgainStaysInOrder(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	say := func(ref job.Ref, loss float64, steps ...int) {
+		t.Helper()
+		var samples []job.Sample
+		for i, s := range steps {
+			samples = append(samples, job.Sample{Seq: uint64(i + 1), At: time.Now(), Step: s, Epoch: 1, Loss: loss, LearningRate: 1e-4, GradNorm: 1})
+		}
+		if err := db.Store.Append(t.Context(), ref, samples, nil, &job.Progress{Status: job.Running, Stage: job.StageTraining, Step: len(steps), TotalSteps: 9}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(1)
+	accept(t, db, a, ref)
+	say(ref, 3, 1, 2, 3, 4)
+	if ok, err := db.Store.ReportDeath(t.Context(), a.ID, a.Boot, ref, "killed"); err != nil || !ok {
+		t.Fatalf("report the death: %t, %v", ok, err)
+	}
+	register(t, db, a)
+	ref = assign(t, db, id, 1, a)
+	ref.Nonce = nonce(2)
+	accept(t, db, a, ref)
+	say(ref, 2, 1, 2)
+	storetest.Check(t, db.Pool)
+	if got := db.Text(`SELECT string_agg(step || ':' || training_loss::int, ' ' ORDER BY timestamp, step) FROM metrics_points`); got != "1:2 2:2 3:3 4:3" {
+		t.Errorf("the curve in the order of time: %s", got)
+	}
+}
+
 func TestANewBootTakesTheOldOnesPlace(t *testing.T) {
 	db := storetest.New(t)
 	a := agent("a", 1)

@@ -287,6 +287,75 @@ BEGIN
   RETURN v_doc;
 END $$;
 
+-- Appends samples and lines (each exactly once by attempt and seq) and the
+-- newest progress. False: stale.
+CREATE OR REPLACE FUNCTION lorayard.append(p_job uuid, p_attempt integer, p_nonce uuid, p_samples jsonb, p_lines jsonb, p_progress jsonb)
+RETURNS boolean LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
+DECLARE
+  v_every integer;
+  v_util  float8 := (p_progress ->> 'gpu_utilization')::float8;
+BEGIN
+  IF NOT lorayard.may_write(p_job, p_attempt, p_nonce) THEN
+    RETURN false;
+  END IF;
+  -- The job page draws the first 100 rows: long jobs publish every n-th step.
+  IF coalesce((p_progress ->> 'total_steps')::integer, 0) > 0 THEN
+    v_every := greatest(1, pg_catalog.ceil((p_progress ->> 'total_steps')::numeric / 80)::integer);
+    UPDATE lorayard.jobs j SET publish_every = v_every WHERE j.job_id = p_job AND j.publish_every <> v_every;
+  END IF;
+  SELECT j.publish_every INTO v_every FROM lorayard.jobs j WHERE j.job_id = p_job;
+
+  WITH fresh AS (
+    INSERT INTO lorayard.samples (job_id, attempt, seq, at, step, epoch, loss, validation_loss, learning_rate, grad_norm, tokens_per_second, skipped)
+    SELECT p_job, p_attempt, s.seq, s.at, s.step, s.epoch::float8, s.loss::float8, s.validation_loss::float8, s.learning_rate::float8,
+      s.grad_norm::float8, s.tokens_per_second::float8, s.skipped
+    FROM pg_catalog.jsonb_to_recordset(p_samples) AS s(seq bigint, at timestamptz, step integer, epoch text, loss text,
+      validation_loss text, learning_rate text, grad_norm text, tokens_per_second text, skipped boolean)
+    ON CONFLICT DO NOTHING RETURNING *
+  ), steps AS ( -- one row per step: an evaluation joins the sample of its step
+    SELECT f.step, coalesce(max(f.seq) FILTER (WHERE f.validation_loss IS NULL), max(f.seq)) AS seq, max(f.at) AS at, max(f.epoch) AS epoch, max(f.validation_loss) AS validation_loss
+    FROM fresh f WHERE NOT f.skipped AND f.loss NOT IN ('NaN'::float8, 'Infinity'::float8, '-Infinity'::float8) AND f.step >= 1
+    GROUP BY f.step
+  )
+  INSERT INTO public.metrics_points AS m (id, job_id, timestamp, epoch, step, training_loss, validation_loss, learning_rate, gradient_norm, throughput, gpu_utilization)
+  SELECT lorayard.id_of('metrics', p_job::text, s.step::text), p_job, s.at, greatest(1, pg_catalog.ceil(s.epoch)::integer), s.step,
+    lorayard.fit(f.loss, 9999.999999, 6), lorayard.fit(s.validation_loss, 9999.999999, 6),
+    coalesce(lorayard.fit(f.learning_rate, 99.9999999999, 10), 0), lorayard.fit(f.grad_norm, 9999.999999, 6),
+    lorayard.fit(f.tokens_per_second, 99999999.99, 2), lorayard.fit(v_util, 100, 2)
+  FROM steps s JOIN fresh f ON f.step = s.step AND f.seq = s.seq
+  WHERE s.step = 1 OR s.step % v_every = 0 OR s.validation_loss IS NOT NULL
+  -- A step that is done again keeps its time: the steps after it, which still
+  -- stand from the attempt before, would be older than it.
+  ON CONFLICT (id) DO UPDATE SET training_loss = excluded.training_loss,
+    validation_loss = coalesce(excluded.validation_loss, m.validation_loss), learning_rate = excluded.learning_rate,
+    gradient_norm = coalesce(excluded.gradient_norm, m.gradient_norm), throughput = coalesce(excluded.throughput, m.throughput),
+    gpu_utilization = coalesce(excluded.gpu_utilization, m.gpu_utilization);
+
+  INSERT INTO public.job_logs (id, user_id, job_id, attempt, seq, timestamp, level, message, metadata)
+  SELECT lorayard.id_of('line', p_job::text, p_attempt::text, l.seq::text), j.user_id, p_job, p_attempt, l.seq, l.at, l.level, l.message,
+    CASE WHEN l.code = '' THEN '{}'::jsonb ELSE pg_catalog.jsonb_build_object('code', l.code) END
+  FROM pg_catalog.jsonb_to_recordset(p_lines) AS l(seq bigint, at timestamptz, level text, message text, code text), lorayard.jobs j
+  WHERE j.job_id = p_job
+  ON CONFLICT DO NOTHING;
+
+  IF p_progress IS NOT NULL THEN
+    UPDATE public.training_jobs t SET
+      status = CASE WHEN t.status = 'initializing' AND p_progress ->> 'status' = 'running' THEN 'running' ELSE t.status END,
+      current_stage = coalesce(p_progress ->> 'stage', t.current_stage),
+      progress = least(greatest(coalesce((p_progress ->> 'percent')::numeric, t.progress), 0), 100),
+      current_step = coalesce((p_progress ->> 'step')::integer, t.current_step),
+      total_steps = coalesce((p_progress ->> 'total_steps')::integer, t.total_steps),
+      current_epoch = coalesce((p_progress ->> 'epoch')::integer, t.current_epoch),
+      total_epochs = coalesce((p_progress ->> 'total_epochs')::integer, t.total_epochs),
+      current_metrics = t.current_metrics || coalesce(p_progress -> 'metrics', '{}'),
+      estimated_completion_at = CASE WHEN p_progress ? 'remaining_seconds'
+        THEN pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => (p_progress ->> 'remaining_seconds')::float8) ELSE t.estimated_completion_at END,
+      current_cost = pg_catalog.round(lorayard.cost_of(p_job) / 1000000.0, 2)
+    WHERE t.id = p_job AND t.status IN ('initializing', 'running');
+  END IF;
+  RETURN true;
+END $$;
+
 -- The shim of an attempt outlived its agent, ended the trainer and says so. The
 -- agent's lease ends now: what was assigned to it and not accepted goes back as
 -- well. Only the dispatcher calls this, for whoever knows the nonce. The answer

@@ -370,11 +370,11 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	}
 	ref := t.Ref
 	ref.Nonce = a.NewNonce()
-	as, err := a.Store.Accept(ctx, a.Self, ref)
+	as, err := a.ask(ctx, ref)
 	if err != nil && job.KindOf(err) != job.LeaseLost && ctx.Err() == nil {
 		// The answer may be lost though the accept was not: ask once more with
 		// the same nonce.
-		as, err = a.Store.Accept(ctx, a.Self, ref)
+		as, err = a.ask(ctx, ref)
 	}
 	if err != nil {
 		a.Ledger.Release(res)
@@ -389,6 +389,17 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	a.Log.Info("attempt accepted", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "device", as.Devices)
 	a.begin(as, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Run(ctx, as, live) })
 	return nil
+}
+
+// askLimit bounds one accept: it holds devices, and the dispatcher takes back
+// after 5 s what is not accepted. Two of them are over before a renewal that
+// does not list the attempt loses it, 10 s after an accept.
+const askLimit = 4 * time.Second
+
+func (a *Agent) ask(ctx context.Context, ref job.Ref) (job.Assignment, error) {
+	ctx, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
+	return a.Store.Accept(ctx, a.Self, ref)
 }
 
 // begin runs an attempt in a goroutine that the agent waits for. Its trainer's

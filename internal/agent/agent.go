@@ -92,6 +92,7 @@ type Agent struct {
 	mu         sync.Mutex
 	running    map[job.Ref]*held
 	accepting  sync.WaitGroup
+	asking     int            // how many accepts are under way
 	wg         sync.WaitGroup // attempts
 	registered bool
 	stepAside  bool // no more accepts: the next process goes on
@@ -163,6 +164,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			return a.handOver(life)
 		case err := <-lease:
 			lease <- nil
+			a.takeNothing()
 			a.stopAll(attempt.ErrLeaseLost)
 			a.wg.Wait()
 			return fmt.Errorf("agent %s: %w: give each host an id of its own", a.Self.ID, err)
@@ -356,7 +358,8 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	ready := a.registered && !a.drain.on() && !a.stepAside
 	if ready {
 		a.accepting.Add(1)
-		defer a.accepting.Done()
+		a.asking++
+		defer a.asked()
 	}
 	a.mu.Unlock()
 	if !ready {
@@ -389,6 +392,16 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	a.Log.Info("attempt accepted", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "device", as.Devices)
 	a.begin(as, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Run(ctx, as, live) })
 	return nil
+}
+
+// asked is the end of an accept. A drain waits for it: what was accepted is to
+// be handed back.
+func (a *Agent) asked() {
+	a.mu.Lock()
+	a.asking--
+	a.checkIdle()
+	a.mu.Unlock()
+	a.accepting.Done()
 }
 
 // askLimit bounds one accept: it holds devices, and the dispatcher takes back
@@ -494,7 +507,7 @@ func (a *Agent) drainBy(by time.Time) {
 
 // checkIdle ends a drain that is over. a.mu is held.
 func (a *Agent) checkIdle() {
-	if !a.drain.own || len(a.running) > 0 {
+	if !a.drain.own || len(a.running) > 0 || a.asking > 0 {
 		return
 	}
 	select {
@@ -511,15 +524,23 @@ func (a *Agent) Restart() { a.restarted.Do(func() { close(a.restart) }) }
 // handOver leaves every attempt where its trainer runs on. What is not
 // training yet, or no more, is begun again by the next process.
 func (a *Agent) handOver(ctx context.Context) error {
-	a.mu.Lock()
-	a.stepAside = true
-	n := len(a.running)
-	a.mu.Unlock()
-	a.accepting.Wait()
+	n := a.takeNothing()
 	a.Log.InfoContext(ctx, "stepping aside for the next process", "attempts", n)
 	a.stopAll(attempt.ErrHandOver)
 	a.wg.Wait()
 	return ErrRestart
+}
+
+// takeNothing ends accepts, waits for those under way and tells how many
+// attempts run.
+func (a *Agent) takeNothing() int {
+	a.mu.Lock()
+	a.stepAside = true
+	a.mu.Unlock()
+	a.accepting.Wait()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.running)
 }
 
 func (a *Agent) stopAll(cause error) {

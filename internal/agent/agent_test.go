@@ -2,7 +2,9 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"log/slog"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -108,5 +110,52 @@ func TestATrainersTimeCountsFromTheLastRenewal(t *testing.T) {
 		}
 		cancel()
 		<-done
+	})
+}
+
+func TestADrainWaitsForAnAcceptUnderWayAndHandsItBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &host{accept: func(context.Context) error { time.Sleep(3 * time.Second); return nil }}
+		a := h.agent()
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- a.Run(ctx) }()
+		synctest.Wait()
+		accepted := make(chan error, 1)
+		go func() { accepted <- a.Accept(context.Background(), job.Task{Ref: job.Ref{Job: "j", Attempt: 1}}) }()
+		time.Sleep(time.Second)
+		cancel()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(h.ended, []error{attempt.ErrPreempted}) {
+			t.Errorf("when the agent ended, its attempts had ended with %v", h.ended)
+		}
+		if err := <-accepted; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAReplacedAgentHasEndedWhatItWasAboutToBegin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &host{
+			accept: func(context.Context) error { time.Sleep(3 * time.Second); return nil },
+			renew:  func() error { return nil },
+		}
+		a := h.agent()
+		done := make(chan error, 1)
+		go func() { done <- a.Run(t.Context()) }()
+		synctest.Wait()
+		go func() { _ = a.Accept(context.Background(), job.Task{Ref: job.Ref{Job: "j", Attempt: 1}}) }()
+		time.Sleep(time.Second / 2)
+		h.renew = func() error { return store.ErrReplaced }
+		if err := <-done; !errors.Is(err, store.ErrReplaced) {
+			t.Fatal(err)
+		}
+		if !slices.Equal(h.ended, []error{attempt.ErrLeaseLost}) {
+			t.Errorf("when the agent ended, its attempts had ended with %v", h.ended)
+		}
+		time.Sleep(10 * time.Second) // for what is left behind, if it is
 	})
 }

@@ -17,13 +17,14 @@ import (
 // actor is a process: it may be frozen, cut off and killed. Its code runs on;
 // what it may not do it is kept from at the seams.
 type actor struct {
-	w    *world
-	name string
-	life *life
-	dead chan struct{} // closed when it is killed: it waits there for the end of the world
-	ctx  context.Context
-	quit context.CancelFunc
-	wg   sync.WaitGroup
+	w     *world
+	name  string
+	life  *life
+	agent bool          // and not a dispatcher
+	dead  chan struct{} // closed when it is killed: it waits there for the end of the world
+	ctx   context.Context
+	quit  context.CancelFunc
+	wg    sync.WaitGroup
 	// Of the goroutine that takes events:
 	killed   bool
 	killedAt instant
@@ -107,6 +108,10 @@ func (a *actor) latency(r interface{ Int64N(int64) int64 }, slow bool) time.Dura
 	return 200*time.Microsecond + time.Duration(r.Int64N(int64(3*time.Millisecond)))
 }
 
+// unanswered is how long a connection may be silent (store's TCP_USER_TIMEOUT,
+// and the database's statement_timeout).
+const unanswered = 15 * time.Second
+
 type answer[T any] struct {
 	v   T
 	err error
@@ -116,13 +121,19 @@ type answer[T any] struct {
 // carried out, or late; its answer comes when the process is not frozen.
 func call[T any](ctx context.Context, a *actor, what string, tx func() (T, error)) (T, error) {
 	w, p := a.w, &a.w.plan
+	if ctx.Err() != nil { // as a driver does
+		var zero T
+		return zero, fmt.Errorf("%s: %w", what, context.Cause(ctx))
+	}
 	r := w.dice(a.name, what)
 	var (
 		calm       = w.now() >= p.calm
 		slow       = !calm && r.IntN(1000) < p.slowCall
 		lost       = !calm && r.IntN(1000) < p.lostCall
 		lostAnswer = !calm && r.IntN(1000) < p.lostAnswer
-		refused    = r.IntN(3) > 0 // quickly, where nobody is there
+		hung       = !calm && a.agent && what != "renew" && r.IntN(1000) < p.hungCall
+		late       = between(r, time.Millisecond, 1500*time.Millisecond) // a retransmission
+		refused    = r.IntN(3) > 0                                       // quickly, where nobody is there
 		leaves     = a.life.frozen.end(w.now())
 		there      = leaves + a.latency(r, slow)
 		back       = a.latency(r, slow)
@@ -132,20 +143,28 @@ func call[T any](ctx context.Context, a *actor, what string, tx func() (T, error
 	reply := func(x answer[T], at instant) {
 		w.at(a.life.frozen.end(at), key+1, func() { ch <- x })
 	}
-	w.at(there, key, func() {
+	var arrive func()
+	arrive = func() {
 		now := w.now()
 		w.log(a.name, what)
 		switch {
 		case a.killed && a.killedAt < leaves:
 			return // while it was frozen
+		case hung:
+			reply(answer[T]{err: errReset}, now+unanswered)
+			return
 		case a.life.cut.has(now):
-			reply(answer[T]{err: errReset}, now+15*time.Second)
+			if heals := a.life.cut.end(now); heals < there+unanswered-2*time.Second && late%2 == 0 {
+				w.at(heals+late, key, arrive)
+			} else {
+				reply(answer[T]{err: errReset}, there+unanswered)
+			}
 			return
 		case p.away.has(now):
 			if refused {
 				reply(answer[T]{err: errors.New("connection refused")}, now+back)
 			} else {
-				reply(answer[T]{err: errReset}, now+15*time.Second)
+				reply(answer[T]{err: errReset}, now+unanswered)
 			}
 			return
 		case lost:
@@ -156,14 +175,15 @@ func call[T any](ctx context.Context, a *actor, what string, tx func() (T, error
 		v, err := tx()
 		switch {
 		case a.life.cut.has(now + back):
-			reply(answer[T]{err: errReset}, now+15*time.Second)
+			reply(answer[T]{err: errReset}, now+unanswered)
 		case lostAnswer || p.away.has(now+back):
 			w.log(a.name, what+" is not answered")
 			reply(answer[T]{err: errReset}, now+back)
 		default:
 			reply(answer[T]{v, err}, now+back)
 		}
-	})
+	}
+	w.at(there, key, arrive)
 	var zero T
 	select {
 	case x := <-ch:
@@ -375,6 +395,9 @@ func (s agentStore) Renew(ctx context.Context, a store.Agent, ttl time.Duration,
 }
 
 func (s agentStore) Accept(ctx context.Context, a store.Agent, ref job.Ref) (job.Assignment, error) {
+	if s.w.Mutant.HangingAccept {
+		ctx = context.WithoutCancel(ctx)
+	}
 	return call(ctx, s.actor, "accept "+string(ref.Job), func() (job.Assignment, error) { return s.w.base.accept(a, ref) })
 }
 
@@ -467,7 +490,7 @@ func (q *redis) deliver(s queue.Send, era int) {
 	now := q.now()
 	var open []*process
 	for _, h := range q.hosts {
-		if p := h.proc; h.agent == s.Agent && p != nil && !p.killed && !p.ended && !h.life.cut.has(now) && p.agent.Ready() == nil {
+		if p := h.proc; h.agent == s.Agent && p != nil && !p.killed && !p.ended && !h.life.cut.has(now) && p.daemon.Ready() == nil {
 			open = append(open, p)
 		}
 	}

@@ -228,8 +228,22 @@ func (b *base) checkUnlisted(r *row, was proto.Job) {
 // checkResume looks at an attempt that a process goes on with: it has just been
 // told that it may.
 func (w *world) checkResume(p *process, ref job.Ref) {
-	if r := w.base.byID[ref.Job]; !r.Held(ref.Attempt, ref.Nonce) && w.base.era == 0 {
+	if r := w.base.byID[ref.Job]; !r.Held(ref.Attempt, ref.Nonce) && w.base.era == 0 && !p.life.frozen.touch(p.started, w.now()) {
 		w.wrong("%s goes on with %v, which is not its own", p.name, ref)
+	}
+}
+
+// checkExit looks at what a process leaves behind when it ends in good order:
+// nothing, where it could speak to the database.
+func (w *world) checkExit(p *process, err error) {
+	pl := &w.plan
+	if err != nil || pl.lostCall+pl.lostAnswer+pl.hungCall > 0 || pl.away.touch(p.started, w.now()) || p.life.frozen.touch(p.started, w.now()) || p.life.cut.touch(p.started, w.now()) {
+		return
+	}
+	for _, r := range w.base.rows {
+		if cur, n := r.Current(); r.Control == proto.Accepted && cur.Boot == p.name {
+			w.wrong("%s ends and leaves attempt %d of %s behind", p.name, n, r.id)
+		}
 	}
 }
 
@@ -237,7 +251,7 @@ func (w *world) checkResume(p *process, ref job.Ref) {
 // it in time: where nothing broke, one of its sends has arrived.
 func (b *base) checkLate(r *row) {
 	now := b.now()
-	from := r.assigned - 2*time.Second
+	from := r.assigned - time.Second
 	p := &b.plan
 	if p.lostCall+p.lostAnswer+p.slowCall+len(p.rollBacks) > 0 || p.twin.to > 0 || p.away.touch(from, now) || p.redisAway.touch(from, now) || r.Status == job.Cancelled {
 		return
@@ -253,7 +267,7 @@ func (b *base) checkLate(r *row) {
 		}
 	}
 	for _, h := range b.hosts {
-		if h.agent == r.agent() && h.well(from, now) {
+		if h.agent == r.agent() && h.well(from, now) && !h.proc.taken(now-9500*time.Millisecond, now-2500*time.Millisecond) {
 			b.wrong("attempt %d of %s is not accepted in time, and nothing was wrong", len(r.Attempts), r.id)
 		}
 	}
@@ -261,15 +275,22 @@ func (b *base) checkLate(r *row) {
 
 // checkRefusal looks at a task that its agent would not take for its devices.
 // An agent that was always in touch has what the database believes it has.
-func (w *world) checkRefusal(p *process, t job.Task, err error, others bool) {
+func (w *world) checkRefusal(p *process, t job.Task, err error) {
 	var busy *gpu.UnavailableError
 	r := w.base.byID[t.Ref.Job]
-	if !errors.As(err, &busy) || others || r.Control != proto.Assigned || len(r.Attempts) != t.Ref.Attempt {
+	others := 0
+	for _, x := range p.accepts {
+		if x.to == 0 {
+			others++
+		}
+	}
+	if !errors.As(err, &busy) || others > 1 || r.Control != proto.Assigned || len(r.Attempts) != t.Ref.Attempt {
 		return
 	}
 	w.res.Count["refused for devices"]++
-	pl := &w.plan
-	if len(p.life.frozen)+len(p.life.cut)+len(p.life.strikes)+len(pl.away)+pl.lostCall+pl.lostAnswer+len(pl.rollBacks) > 0 || pl.twin.to > 0 {
+	pl, now := &w.plan, w.now()
+	from := now - 12*time.Second
+	if pl.lostCall+pl.lostAnswer+pl.hungCall+len(pl.rollBacks) > 0 || pl.twin.to > 0 || p.life.frozen.touch(from, now) || p.life.cut.touch(from, now) || pl.away.touch(from, now) {
 		return
 	}
 	w.wrong("agent %s refuses %v, which it has the devices for: %v", p.name, t.Ref, err)

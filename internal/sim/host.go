@@ -119,6 +119,7 @@ func (h *host) begin() {
 	}
 	h.boots++
 	p := &process{actor: newActor(w, fmt.Sprint(h.name, h.boots), h.life), host: h, under: map[job.Ref]*trainer{}}
+	p.actor.agent = true
 	devices := gpu.Pretend(h.gpus, class, h.name)
 	self := store.Agent{ID: h.agent, Boot: p.name, Instance: h.name, BaseModels: []string{model}}
 	for _, d := range devices {
@@ -126,7 +127,7 @@ func (h *host) begin() {
 	}
 	p.ledger = gpu.NewLedger(devices)
 	p.store = agentStore{p.actor, p}
-	p.agent = agent.New(agent.Parts{
+	p.daemon = agent.New(agent.Parts{
 		Self: self, Store: p.store, Ledger: p.ledger, Runner: p, Metrics: w.Metrics.Agent, Log: w.logger(p.name),
 		Config:   agent.Config{Lease: lease, Renew: renew, OutOfTouch: w.plan.outOfTouch, HandOver: handOver},
 		NewNonce: func() string { return fmt.Sprintf("%s-%x", p.name, w.dice(p.name, "nonce").Uint32()) },
@@ -136,7 +137,7 @@ func (h *host) begin() {
 	h.procs = append(h.procs, p)
 	w.log(p.name, "starts")
 	w.wg.Go(func() {
-		err := p.agent.Run(p.ctx)
+		err := p.daemon.Run(p.ctx)
 		p.wg.Wait()
 		p.do("exit", func() { h.exit(p, err) })
 		p.quit()
@@ -148,6 +149,7 @@ func (h *host) exit(p *process, err error) {
 	w := h.w
 	p.ended = true
 	w.log(p.name, "exits", err)
+	w.checkExit(p, err)
 	if h.proc == p {
 		h.proc = nil
 	}
@@ -182,7 +184,7 @@ func (h *host) hit(k strike) {
 		h.again = k.after > 0
 	case restart:
 		p.stopping = true
-		p.agent.Restart()
+		p.daemon.Restart()
 	case kill:
 		p.kill()
 		h.proc = nil
@@ -280,34 +282,46 @@ func (h *host) hangUp(p *process) {
 type process struct {
 	*actor
 	host       *host
-	agent      *agent.Agent
+	daemon     *agent.Agent
 	ledger     *gpu.Ledger
 	store      agentStore
 	registered bool
 	stopping   bool
-	accepting  map[job.Ref]int
+	accepts    []*taking
 
 	mu    sync.Mutex
 	under map[job.Ref]*trainer // what it was seen to run
 }
 
+// taking is a call of Accept.
+type taking struct {
+	ref      job.Ref
+	from, to instant // to is 0 while it lasts
+}
+
 // take hands a task to Accept, as queue.Serve does.
 func (p *process) take(t job.Task) {
-	if p.accepting == nil {
-		p.accepting = map[job.Ref]int{}
-	}
-	p.accepting[t.Ref]++
-	others := p.accepting[t.Ref] > 1
+	x := &taking{ref: t.Ref, from: p.w.now()}
+	p.accepts = append(p.accepts, x)
 	p.wg.Go(func() {
-		ctx, cancel := context.WithTimeout(p.ctx, time.Minute)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // as Asynq gives it: the end of Serve does not end it
 		defer cancel()
-		err := p.agent.Accept(ctx, t)
+		err := p.daemon.Accept(ctx, t)
 		p.do("accepted "+string(t.Ref.Job), func() {
-			p.accepting[t.Ref]--
 			p.w.log(p.name, "was given", t.Ref, t.Send, err)
-			p.w.checkRefusal(p, t, err, others)
+			p.w.checkRefusal(p, t, err)
+			x.to = p.w.now()
+			if _, refused := errors.AsType[*gpu.UnavailableError](err); refused {
+				x.from = 0 // it held nothing
+			}
 		})
 	})
+}
+
+// taken reports whether an accept that began after from was under way lately:
+// it may hold devices that the database believes free.
+func (p *process) taken(from, lately instant) bool {
+	return slices.ContainsFunc(p.accepts, func(x *taking) bool { return x.from > from && (x.to == 0 || x.to > lately) })
 }
 
 // heard notes what a renewal told: what is lost has to end.
@@ -477,7 +491,7 @@ func (p *process) follow(ctx context.Context, as job.Assignment, live *attempt.L
 		}
 		shown = 3 * time.Second
 		if len(p.w.plan.rollBacks) > 0 {
-			shown = 600 * time.Millisecond
+			shown = 300 * time.Millisecond
 		}
 		if err := p.store.append(ctx, as.Ref); job.KindOf(err) == job.LeaseLost {
 			if !p.end(t, "it may not write") {
@@ -728,7 +742,7 @@ func (s *seat) begin() {
 func (w *world) push(agent string) {
 	for _, h := range w.hosts {
 		if p := h.proc; h.agent == agent && p != nil && p.registered && !p.killed && !h.life.frozen.has(w.now()) && !h.life.cut.has(w.now()) {
-			p.agent.Look()
+			p.daemon.Look()
 		}
 	}
 }

@@ -17,5 +17,6 @@ type Mutant struct {
 	ListNothing   bool // a renewal does not list what runs
 	ResumeUnasked bool // a process goes on with what it was not given at registration
 	UnheardCancel bool // a renewal does not bring a cancel
+	HangingAccept bool // an accept waits for its answer for as long as it takes
 	NeverAdmit    bool // a dispatcher does not see new rows
 }

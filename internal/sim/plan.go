@@ -123,6 +123,7 @@ type plan struct {
 	// after, and slow ones. Of tasks: lost and doubled, per cent.
 	lostCall, lostAnswer, slowCall int
 	lostTask, doubledTask          int
+	hungCall                       int     // of an agent's, but for renewals: its connection is dead, and nobody says so
 	twoLeaders                     bool    // both dispatchers believe that they lead
 	silentDeath                    int     // per cent of shims whose report comes nowhere
 	calm                           instant // nothing breaks from then on
@@ -147,7 +148,7 @@ func newPlan(seed uint64) plan {
 	for i := range 2 + r.IntN(5) {
 		j := plannedJob{at: sec(0.3, 12), gpus: 1, work: sec(0.05, 8), user: fmt.Sprint("u", i%2), bad: chance(r, 3)}
 		if i > 0 && chance(r, 30) {
-			j.at = p.jobs[i-1].at + sec(0, 0.02)
+			j.at, j.priority = p.jobs[i-1].at+sec(0, 0.02), r.IntN(2)
 		}
 		if p.gpus[0] > 1 && chance(r, 25) {
 			j.gpus = 2 // the first host stays
@@ -178,13 +179,16 @@ func newPlan(seed uint64) plan {
 	if chance(r, 50) {
 		p.silentDeath = r.IntN(101)
 	}
+	if chance(r, 20) {
+		p.hungCall = r.IntN(100)
+	}
 	p.twoLeaders = chance(r, 15)
-	p.break_(r, sec)
+	p.faults(r, sec)
 	return p
 }
 
-// break_ draws faults.
-func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration) {
+// faults draws what breaks.
+func (p *plan) faults(r *rand.Rand, sec func(least, most float64) time.Duration) {
 	p.calm = 15 * time.Second
 	until := func(t instant) { p.calm = max(p.calm, t) }
 	// soon is while a job is handed over.
@@ -208,6 +212,9 @@ func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration)
 		s := strike{at: sec(0.8, 14), blow: kill, after: sec(0.005, 6)}
 		if chance(r, 40) {
 			s.at = soon()
+			if chance(r, 30) { // its last words come late
+				p.slowCall = max(p.slowCall, r.IntN(300))
+			}
 		}
 		if chance(r, 40) {
 			s.after = sec(0.005, 0.3)
@@ -246,7 +253,11 @@ func (p *plan) break_(r *rand.Rand, sec func(least, most float64) time.Duration)
 		case 9:
 			hits(d, false, true)
 		case 10:
-			p.rollBacks = append(p.rollBacks, rollBack{soon() + sec(0, 0.3), sec(0.005, 0.5)})
+			x := rollBack{soon() + sec(0, 0.3), sec(0.005, 0.5)}
+			p.rollBacks = append(p.rollBacks, x)
+			if chance(r, 60) { // who ran it then hears of it late
+				a.frozen = append(a.frozen, window{x.at - sec(0, 0.01), x.at + sec(2.1, 4.5)})
+			}
 		case 11:
 			if p.twin.to == 0 {
 				p.twin = win(8, 20)

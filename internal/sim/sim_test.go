@@ -46,8 +46,16 @@ func (l lab) run(t *testing.T, o Options) (res Result) {
 	return res
 }
 
-// each runs n worlds, on every processor, and hands their results over one by
-// one.
+// found are seeds that have shown an error before; they are always looked at.
+var found = []int{
+	438, 575, 876, 1908, // agent: a new trainer's time counted from its accept
+	3059, 7317, // agent: an accept hung and held its devices
+	646, 1868, // agent: a drain did not wait for an accept
+	3215, // agent: a replaced one began a trainer after its end
+}
+
+// each runs n worlds and those of found, on every processor, and hands their
+// results over one by one.
 func (l lab) each(t *testing.T, n int, take func(seed int, r Result)) {
 	var mu sync.Mutex
 	next := 0
@@ -60,8 +68,11 @@ func (l lab) each(t *testing.T, n int, take func(seed int, r Result)) {
 					seed := next
 					next++
 					mu.Unlock()
-					if seed >= n {
+					if seed >= n+len(found) {
 						return
+					}
+					if seed >= n {
+						seed = found[seed-n]
 					}
 					res := l.run(t, Options{Seed: uint64(seed)})
 					mu.Lock()
@@ -119,17 +130,14 @@ func TestSimulation(t *testing.T) {
 func TestASeedIsAlwaysTheSameWorld(t *testing.T) {
 	l := newLab()
 	n := many(50, 2000)
-	first := make([]Result, n)
+	first := map[int]Result{}
 	l.each(t, n, func(seed int, r Result) { first[seed] = r })
 	l.each(t, n, func(seed int, r Result) {
 		if r.Hash != first[seed].Hash || r.Events != first[seed].Events || r.Virtual != first[seed].Virtual {
 			t.Errorf("seed %d: %+v and %+v", seed, first[seed], r)
 		}
 	})
-	for seed := range n {
-		if !t.Failed() {
-			return
-		}
+	for seed := 0; t.Failed() && seed < n; seed++ {
 		x, y := l.history(t, seed), l.history(t, seed)
 		for i := range min(len(x), len(y)) {
 			if x[i] != y[i] {
@@ -206,36 +214,43 @@ func TestAWorldWithoutAnyOneOfTheRulesIsNoticed(t *testing.T) {
 
 // shownBy saves the search: seeds whose worlds show that a rule is missing.
 var shownBy = map[string]uint64{
-	"AcceptAnyBoot":       783,
-	"AcceptCancelled":     224,
-	"AcceptOnce":          37,
-	"AssignBlindly":       26,
-	"CancelLoses":         1,
-	"DeadlineFromAccept":  98,
-	"DeadlineFromAnswer":  98,
-	"FinalMayChange":      6,
-	"FreeLate":            634,
-	"GiveUpSettle":        1,
-	"IgnoreLost":          1772,
-	"JudgeAtOnce":         1,
-	"JudgeUnled":          1,
-	"KeepUnlisted":        801,
-	"NeverReap":           161,
-	"NeverResend":         318,
-	"NeverTakeBack":       12,
-	"NoDeadline":          32,
-	"NoOrphanKill":        191,
-	"RegisterAnyInstance": 12,
-	"RenewAnyBoot":        9,
-	"ReportBeforeDeath":   21,
-	"RequeueCancelled":    13,
-	"ResumeUnasked":       13,
-	"SettleAgain":         24,
-	"SettleForgets":       98,
-	"ShareDevices":        256,
-	"ShareInBase":         2650,
-	"StartLate":           145,
-	"UnheardCancel":       2,
-	"WriteUnfenced":       8,
-	"WriteWithoutNonce":   2650,
+	"HangingAccept":        441,
+	"RegisterOverOrphans":  318,
+	"RegisterKeepsAll":     18,
+	"PayLost":              1,
+	"NeverSettleCancelled": 1,
+	"ForgetLeft":           14,
+	"AcceptAnyAttempt":     135,
+	"AcceptAnyBoot":        1016,
+	"AcceptCancelled":      30,
+	"AcceptOnce":           11,
+	"AssignBlindly":        26,
+	"CancelLoses":          47,
+	"DeadlineFromAccept":   32,
+	"DeadlineFromAnswer":   32,
+	"FinalMayChange":       1,
+	"FreeLate":             188,
+	"GiveUpSettle":         12,
+	"IgnoreLost":           1237,
+	"JudgeAtOnce":          42,
+	"JudgeUnled":           42,
+	"KeepUnlisted":         16,
+	"NeverReap":            225,
+	"NeverResend":          15,
+	"NeverTakeBack":        51,
+	"NoDeadline":           76,
+	"NoOrphanKill":         225,
+	"RegisterAnyInstance":  28,
+	"RenewAnyBoot":         18,
+	"ReportBeforeDeath":    121,
+	"RequeueCancelled":     16,
+	"ResumeUnasked":        169,
+	"SettleAgain":          17,
+	"SettleForgets":        39,
+	"ShareDevices":         122,
+	"ShareInBase":          1983,
+	"StartLate":            32,
+	"UnheardCancel":        0,
+	"WriteUnfenced":        0,
+	"WriteWithoutNonce":    1491,
 }

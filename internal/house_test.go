@@ -35,6 +35,7 @@ var uses = map[string]string{
 	"dispatch": "job metrics place queue store", // presence is joined to it in cmd
 	"grant":    "metrics storage store",
 	"retain":   "metrics storage store",
+	"vet":      "dataset metrics queue storage store",
 	// Support, never linked into a shipped binary.
 	"storage/local":     "",
 	"devstack/services": "",

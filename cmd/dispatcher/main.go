@@ -25,6 +25,7 @@ import (
 	"lorayard/internal/retain"
 	"lorayard/internal/storage"
 	"lorayard/internal/store"
+	"lorayard/internal/vet"
 )
 
 // version is set by the linker.
@@ -89,6 +90,7 @@ type settings struct {
 	Checkpoints int           `flag:"keep-checkpoints" env:"KEEP_CHECKPOINTS" default:"3" help:"newest checkpoints of a job that stay in Storage, beside its best one"`
 	Settled     time.Duration `flag:"keep-settled" env:"KEEP_SETTLED" default:"168h" help:"how long the checkpoints of a settled job stay"`
 	Zombie      time.Duration `flag:"sweep-after" env:"SWEEP_AFTER" default:"1h" help:"what an ended attempt left in Storage is removed after; longer than the agents' OUT_OF_TOUCH"`
+	ScratchDir  string        `flag:"scratch-dir" env:"SCRATCH_DIR" help:"where a data set lies on its way to Storage, two at a time and up to 1 GiB each; empty: the system's directory for such files"`
 	LogLevel    string        `flag:"log-level" env:"LOG_LEVEL" default:"info" help:"debug, info, warn or error"`
 	LogFormat   string        `flag:"log-format" env:"LOG_FORMAT" default:"auto" help:"text, json, or auto: text on a terminal"`
 }
@@ -209,6 +211,8 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		made.Push = streams.Push
 	}
 	made.Grants = minter.Wake
+	vetter := &vet.Vetter{Store: st, Storage: bucket, Queue: q, RedisURL: s.RedisURL.Reveal(), Dir: s.ScratchDir, Metrics: m, Log: log}
+	made.Datasets = vetter.Wake
 	d := dispatch.New(made)
 	if streams != nil {
 		streams.Verify, streams.Died = verify(st), died(st, log)
@@ -220,7 +224,7 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		return st.Ping(ctx)
 	}
 	log.InfoContext(ctx, "dispatcher starts", "version", version, "base_models", s.BaseModels, "presence", self.Address)
-	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run}, daemon.Part{Name: "grants", Run: minter.Run}, daemon.Part{Name: "retention", Run: keeper.Run})...)
+	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run}, daemon.Part{Name: "grants", Run: minter.Run}, daemon.Part{Name: "data sets", Run: vetter.Run}, daemon.Part{Name: "retention", Run: keeper.Run})...)
 	return daemon.Run(ctx, log, parts...)
 }
 

@@ -80,6 +80,8 @@ type Parts struct {
 	// Push tells an agent over its presence stream to look what is wanted of
 	// it; nil tells nobody.
 	Push func(agent string) bool
+	// Datasets hears that a data set waits to be validated; nil hears nothing.
+	Datasets func()
 	// Grants hears that an agent asks for access to Storage; nil hears nothing.
 	Grants func()
 	// Jitter turns a pause into the one that is made; nil leaves it. The
@@ -239,8 +241,8 @@ func (d *Dispatcher) listen(ctx context.Context) {
 	}
 }
 
-// heed takes one notification: job, settled, cancelled, agent, look, leader or
-// grants, and what it is about.
+// heed takes one notification: job, settled, cancelled, agent, look, leader,
+// grants, dataset or validated, and what it is about.
 func (d *Dispatcher) heed(payload string) {
 	what, id, _ := strings.Cut(payload, ":")
 	switch what {
@@ -256,6 +258,13 @@ func (d *Dispatcher) heed(payload string) {
 		if d.Grants != nil {
 			d.Grants()
 		}
+		return
+	case "dataset":
+		if d.Datasets != nil {
+			d.Datasets()
+		}
+		return
+	case "validated": // for whoever waits for it; no job does
 		return
 	case "settled": // devices are free; nothing else is new
 	case "agent":

@@ -41,6 +41,7 @@ type Dispatcher struct {
 	Preempted   prometheus.Counter
 	Sends       *prometheus.CounterVec // result: ok, error
 	Grants      *prometheus.CounterVec // result: granted, refused, error
+	Validated   *prometheus.CounterVec // result: ready, error, postponed, unwanted
 	Removed     prometheus.Counter     // objects of Storage that nobody needed
 	TakenBack   prometheus.Counter
 	Reaped      prometheus.Counter
@@ -79,6 +80,7 @@ func NewDispatcher() *Dispatcher {
 	m.Assigned = counter(m.reg, "lorayard_dispatcher_assignments_total", "Attempts assigned.")
 	m.Preempted = counter(m.reg, "lorayard_dispatcher_preemptions_total", "Attempts asked to make room for a job of higher priority.")
 	m.Sends = counterVec(m.reg, "lorayard_dispatcher_sends_total", "Tasks sent to agents, by result.", "result")
+	m.Validated = counterVec(m.reg, "lorayard_dispatcher_validations_total", "Validations of data sets, by result.", "result")
 	m.Grants = counterVec(m.reg, "lorayard_dispatcher_grants_total", "Signed URLs and upload tokens for agents, by result.", "result")
 	m.Removed = counter(m.reg, "lorayard_dispatcher_objects_removed_total", "Objects removed from Storage because nobody needed them.")
 	m.TakenBack = counter(m.reg, "lorayard_dispatcher_taken_back_total", "Assignments that no agent accepted in time.")

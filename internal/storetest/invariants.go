@@ -101,7 +101,7 @@ var invariants = []invariant{
 	{4, "a job has one artifact, one cost record and one notification of each type at most", `
 		SELECT 'artifact of ' || job_id FROM model_artifacts GROUP BY job_id HAVING count(*) > 1
 		UNION ALL SELECT 'cost of ' || job_id FROM cost_records GROUP BY job_id, cost_type HAVING count(*) > 1
-		UNION ALL SELECT type || ' of ' || (metadata ->> 'job_id') FROM notifications WHERE type <> 'job_queued' GROUP BY metadata ->> 'job_id', type HAVING count(*) > 1`},
+		UNION ALL SELECT type || ' of ' || (metadata ->> 'job_id') FROM notifications WHERE type <> 'job_queued' AND metadata ? 'job_id' GROUP BY metadata ->> 'job_id', type HAVING count(*) > 1`},
 	{4, "a user hears of the start, and of exactly the end that came", `
 		SELECT want.type || ' of ' || t.id FROM training_jobs t JOIN lorayard.jobs j ON j.job_id = t.id AND j.state = 'settled',
 		  LATERAL (VALUES ('job_started', EXISTS (SELECT 1 FROM lorayard.attempts a WHERE a.job_id = t.id AND a.accepted_at IS NOT NULL)),
@@ -173,6 +173,7 @@ var invariants = []invariant{
 		UNION ALL SELECT 'cost ' || c.id FROM cost_records c JOIN training_jobs t ON t.id = c.job_id WHERE c.user_id <> t.user_id
 		UNION ALL SELECT 'usage of ' || u.job_id FROM lorayard.usage_intervals u JOIN training_jobs t ON t.id = u.job_id WHERE u.user_id <> t.user_id
 		UNION ALL SELECT 'notification ' || n.id FROM notifications n JOIN training_jobs t ON n.metadata ->> 'job_id' = t.id::text WHERE n.user_id <> t.user_id
+		UNION ALL SELECT 'normalised file of ' || v.dataset_id FROM lorayard.validations v JOIN datasets d ON d.id = v.dataset_id WHERE v.path NOT LIKE d.user_id || '/%'
 		UNION ALL SELECT 'data set of ' || t.id FROM training_jobs t JOIN datasets d ON d.id = t.dataset_id JOIN lorayard.attempts a ON a.job_id = t.id WHERE d.user_id <> t.user_id`},
 }
 

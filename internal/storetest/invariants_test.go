@@ -179,6 +179,7 @@ var plants = []struct{ sql, named string }{
 	{`UPDATE checkpoints SET path = 'elsewhere/x'`, "under another's name"},
 	{`WITH u AS (INSERT INTO auth.users DEFAULT VALUES RETURNING id) UPDATE job_logs SET user_id = u.id FROM u`, "under another's name"},
 	{`WITH u AS (INSERT INTO auth.users DEFAULT VALUES RETURNING id) UPDATE datasets SET user_id = u.id FROM u`, "under another's name"},
+	{`INSERT INTO lorayard.validations (dataset_id, path) SELECT id, 'somebody/' || id || '/normalised-x.jsonl' FROM datasets LIMIT 1`, "under another's name"},
 	{`WITH u AS (INSERT INTO auth.users DEFAULT VALUES RETURNING id) UPDATE notifications SET user_id = u.id FROM u`, "under another's name"},
 }
 

@@ -90,21 +90,8 @@ type DB struct {
 // skipped, except with CI=true.
 func New(t testing.TB) *DB {
 	t.Helper()
+	url := lend(t, template)
 	ctx := context.Background()
-	if err := shared.start(ctx); err != nil {
-		if errors.Is(err, services.ErrMissing) && os.Getenv("CI") != "true" {
-			t.Skip(err)
-		}
-		t.Fatal(err)
-	}
-	shared.mu.Lock()
-	shared.n++
-	name := fmt.Sprintf("test_%d", shared.n)
-	url, err := shared.pg.Database(ctx, name, template) // one copy at a time
-	shared.mu.Unlock()
-	if err != nil {
-		t.Fatal(err)
-	}
 	st, err := store.Open(ctx, url, store.Options{Name: t.Name()})
 	if err != nil {
 		t.Fatal(err)
@@ -116,11 +103,40 @@ func New(t testing.TB) *DB {
 	t.Cleanup(func() {
 		pool.Close()
 		st.Close()
+	})
+	return &DB{URL: url, Store: st, Pool: pool, t: t}
+}
+
+// Empty lends a database with nothing in it and returns its URL.
+func Empty(t testing.TB) string {
+	t.Helper()
+	return lend(t, "")
+}
+
+// lend makes a copy of a database for the time of a test.
+func lend(t testing.TB, of string) (url string) {
+	t.Helper()
+	ctx := context.Background()
+	if err := shared.start(ctx); err != nil {
+		if errors.Is(err, services.ErrMissing) && os.Getenv("CI") != "true" {
+			t.Skip(err)
+		}
+		t.Fatal(err)
+	}
+	shared.mu.Lock()
+	defer shared.mu.Unlock() // one copy at a time
+	shared.n++
+	name := fmt.Sprintf("test_%d", shared.n)
+	url, err := shared.pg.Database(ctx, name, of)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
 		if err := shared.pg.Drop(ctx, name); err != nil {
 			t.Error(err)
 		}
 	})
-	return &DB{URL: url, Store: st, Pool: pool, t: t}
+	return url
 }
 
 // Exec runs SQL as the owner.

@@ -181,6 +181,9 @@ func (s *Stack) token(role, sub string) string {
 // UserToken is what the app's user sends to the local store.
 func (s *Stack) UserToken(user string) string { return s.token("authenticated", user) }
 
+// AnonKey is the key that the app's pages carry.
+func (s *Stack) AnonKey() string { return s.token("anon", "") }
+
 func (s *Stack) migrate(ctx context.Context) error {
 	s.Say("migrating the database")
 	st, err := store.Open(ctx, s.DatabaseURL, store.Options{Name: "devstack", MaxConns: 2})

@@ -35,6 +35,7 @@ func main() {
 type options struct {
 	only    string
 	quick   bool
+	jobs    int    // of throughput
 	profile string // directory for CPU profiles; empty: none
 	bin     string // directory of the binaries agent and dispatcher
 	python  string // for the trainer behind a real agent
@@ -64,6 +65,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.StringVar(&o.only, "only", "", "names of benchmarks, separated by commas; empty: all")
 	fs.BoolVar(&o.quick, "quick", false, "fewer samples: shows that it works, not how fast")
+	fs.IntVar(&o.jobs, "jobs", 5000, "how many jobs throughput takes through")
 	fs.StringVar(&o.profile, "profile", "", "write a CPU profile, and what took Postgres its time, of each benchmark into this directory")
 	fs.StringVar(&o.bin, "bin", "bin", "directory of the binaries agent and dispatcher")
 	fs.StringVar(&o.python, "trainer-python", os.Getenv("TRAINER_PYTHON"), "interpreter of the trainer's environment, for real agents")

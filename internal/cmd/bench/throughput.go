@@ -20,7 +20,8 @@ func throughput(ctx context.Context, g *ground, o options) (_ queuebench.Table, 
 		return queuebench.Table{}, err
 	}
 	defer func() { err = errors.Join(err, f.done(ctx)) }()
-	agents, gpus, users, each := 20, 8, 20, 250
+	agents, gpus, users := 20, 8, 20
+	each := max(o.jobs/users, 1)
 	if o.quick {
 		agents, users, each = 4, 4, 25
 	}

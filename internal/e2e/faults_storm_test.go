@@ -18,14 +18,14 @@ import (
 // failed, and all invariants hold; in the storm they hold as well. STORM_SEED
 // repeats an order of faults, STORM is how long it lasts.
 func TestAStormOfFaults(t *testing.T) {
-	f := faults(t, append(dry(15, 50*time.Millisecond), "PATIENCE=1s", "CHECKPOINT_EVERY=200ms")...)
+	f := faults(t, append(dry(30, 50*time.Millisecond), "PATIENCE=1s", "CHECKPOINT_EVERY=200ms")...)
 	seed, err := strconv.ParseUint(os.Getenv("STORM_SEED"), 10, 64)
 	if err != nil {
 		seed = rand.Uint64()
 	}
 	long, err := time.ParseDuration(os.Getenv("STORM"))
 	if err != nil {
-		long = 12 * time.Second
+		long = 8 * time.Second
 	}
 	t.Logf("STORM_SEED=%d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))

@@ -82,8 +82,9 @@ type run struct {
 	ship  *ship.Shipper
 	stage stageClock
 	board board
-	takes int64  // bytes that Storage takes as one object, 0: not known
-	heard uint64 // the last of the trainer's events that was dealt with
+	takes int64     // bytes that Storage takes as one object, 0: not known
+	heard uint64    // the last of the trainer's events that was dealt with
+	freed time.Time // when its devices were; zero: not yet
 
 	mu        sync.Mutex
 	published int // step of the newest checkpoint in Storage
@@ -170,6 +171,7 @@ func (x *run) carry(ctx context.Context, work func(context.Context) (*job.Result
 		return ErrHandOver
 	}
 	x.live.free()
+	x.freed = time.Now()
 	return x.settle(lost, result, err)
 }
 

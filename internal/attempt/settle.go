@@ -65,6 +65,9 @@ func (x *run) settleOnce(ctx context.Context, end store.End) (job.Status, error)
 			return "", err
 		}
 	}
+	if !x.freed.IsZero() {
+		end.Idle = time.Since(x.freed)
+	}
 	return x.Store.Settle(ctx, x.as.Ref, end)
 }
 

@@ -327,7 +327,8 @@ type End struct {
 	Failure  *job.Failure // for failed and handed back
 	Detail   string       // for operators, stored as error_stack
 	Delay    time.Duration
-	Artifact *Artifact // for completed
+	Idle     time.Duration // since the devices are free: nobody pays for it
+	Artifact *Artifact     // for completed
 }
 
 // Artifact is the row that the app's model pages read.
@@ -347,7 +348,7 @@ const settle = `SELECT lorayard.settle($1, $2, $3, $4)`
 // came first wins. It returns the job's status afterwards; asking again after
 // a lost answer gives the same. A stale ref gives a failure of kind LeaseLost.
 func (s *Store) Settle(ctx context.Context, ref job.Ref, e End) (job.Status, error) {
-	doc := map[string]any{"outcome": e.Outcome, "billable": e.Outcome == OutcomeCompleted, "delay_seconds": e.Delay.Seconds()}
+	doc := map[string]any{"outcome": e.Outcome, "billable": e.Outcome == OutcomeCompleted, "delay_seconds": e.Delay.Seconds(), "idle_seconds": e.Idle.Seconds()}
 	if f := e.Failure; f != nil {
 		doc["kind"], doc["message"], doc["detail"] = f.Kind, clean(job.ForUser(f)), clean(e.Detail)
 		doc["retryable"], doc["counted"], doc["billable"] = f.Kind.Retryable(), f.Kind.Counted(), f.Kind.Billable()

@@ -331,6 +331,25 @@ func TestANewBootTakesTheOldOnesPlace(t *testing.T) {
 	storetest.Check(t, db.Pool)
 }
 
+func TestNobodyPaysForASettlementThatHadToWait(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	// It ran for ten minutes, and the database was away for fifty.
+	db.Exec(`UPDATE lorayard.attempts SET assigned_at = assigned_at - interval '1 hour', accepted_at = accepted_at - interval '1 hour'`)
+	db.Exec(`UPDATE lorayard.usage_intervals SET during = tstzrange(lower(during) - interval '1 hour', upper(during) - interval '1 hour')`)
+	if _, err := db.Store.Settle(t.Context(), ref, store.End{Outcome: store.OutcomeCancelled, Idle: 50 * time.Minute, Failure: &job.Failure{Kind: job.CancelledByUser}}); err != nil {
+		t.Fatal(err)
+	}
+	if got := db.Text(`SELECT round((details ->> 'gpu_seconds')::numeric, -1) FROM cost_records`); got != "600" {
+		t.Errorf("paid for %s s", got)
+	}
+	storetest.Check(t, db.Pool)
+}
+
 func TestCancel(t *testing.T) {
 	db := storetest.New(t)
 	a := agent("a", 1)

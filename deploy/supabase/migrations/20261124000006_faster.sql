@@ -136,6 +136,7 @@ DECLARE
   v_outcome text := p_end ->> 'outcome';
   v_status  text;
   v_final   text;
+  v_idle    interval := pg_catalog.make_interval(secs => coalesce((p_end ->> 'idle_seconds')::float8, 0));
 BEGIN
   SELECT * INTO v_job FROM lorayard.jobs j WHERE j.job_id = p_job FOR UPDATE;
   IF NOT FOUND OR v_job.attempt <> p_attempt OR v_job.nonce IS DISTINCT FROM p_nonce OR v_job.state <> 'accepted' THEN
@@ -149,6 +150,14 @@ BEGIN
   END IF;
   PERFORM lorayard.close_attempt(p_job, p_attempt, v_outcome, coalesce(p_end ->> 'kind', ''), coalesce(p_end ->> 'message', ''),
     v_outcome = 'cancelled' OR coalesce((p_end ->> 'billable')::boolean, false), true);
+  IF v_idle > interval '1 second' THEN
+    -- Its devices have been free for so long: it waited for us.
+    UPDATE lorayard.usage_intervals u
+    SET during = pg_catalog.tstzrange(lower(u.during), greatest(lower(u.during) + interval '1 microsecond', least(upper(u.during), pg_catalog.clock_timestamp() - v_idle)))
+    WHERE u.job_id = p_job AND u.attempt = p_attempt;
+    UPDATE lorayard.attempts a SET ended_at = greatest(a.accepted_at, least(a.ended_at, pg_catalog.clock_timestamp() - v_idle))
+    WHERE a.job_id = p_job AND a.attempt = p_attempt;
+  END IF;
   IF v_outcome = 'completed' THEN
     v_final := lorayard.end_job(v_row, 'completed', '', '', p_end -> 'artifact');
   ELSIF v_outcome = 'cancelled' THEN

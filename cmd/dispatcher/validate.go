@@ -72,8 +72,9 @@ func judge(path, normalised string) (r *dataset.Report, err error) {
 		return nil, err
 	}
 	r, err = dataset.Validate(f, dataset.Options{Normalised: out})
-	err = errors.Join(err, out.Close())
-	if err != nil || !r.OK { // half a file helps nobody
+	fi, statErr := out.Stat()
+	err = errors.Join(err, statErr, out.Close())
+	if (err != nil || !r.OK) && statErr == nil && fi.Mode().IsRegular() { // half a file helps nobody; a device stays
 		err = errors.Join(err, os.Remove(normalised))
 	}
 	return r, err

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -25,13 +26,23 @@ type hostile struct {
 	Unit   string
 	Times  int
 	Tail   string
-	Gzip   bool
-	Format dataset.Format // empty: not said
-	Bad    [][2]any
+	// Numbered puts 0, 1, 2 ... for each # of Unit.
+	Numbered bool
+	Gzip     bool
+	Format   dataset.Format // empty: not said
+	Bad      [][2]any
 }
 
 func (h hostile) content(tb testing.TB) []byte {
-	raw := []byte(h.Text + h.Head + strings.Repeat(h.Unit, h.Times) + h.Tail)
+	units := strings.Repeat(h.Unit, h.Times)
+	if h.Numbered {
+		var b strings.Builder
+		for i := range h.Times {
+			b.WriteString(strings.ReplaceAll(h.Unit, "#", strconv.Itoa(i)))
+		}
+		units = b.String()
+	}
+	raw := []byte(h.Text + h.Head + units + h.Tail)
 	if h.Base64 != "" {
 		var err error
 		if raw, err = base64.StdEncoding.DecodeString(h.Base64); err != nil {

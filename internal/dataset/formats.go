@@ -298,19 +298,18 @@ func (rd *reader) texts(v value) (parts [][]byte, ok bool) {
 	case '"':
 		return append(rd.parts[len(rd.parts):], rd.row.raw(v)), true
 	case '[':
-		var list []struct {
-			Text jsontext.Value `json:"text"`
-		}
-		if json.Unmarshal(rd.row.line[v.start:v.end], &list) != nil {
-			return nil, false
-		}
-		for _, p := range list {
-			if len(p.Text) < 2 || p.Text[0] != '"' {
+		d := jsontext.NewDecoder(bytes.NewBuffer(rd.row.line[v.start:v.end]))
+		_, err := d.ReadToken()
+		for ; err == nil && d.PeekKind() != ']'; err = nil {
+			var part struct {
+				Text jsontext.Value `json:"text"`
+			}
+			if json.UnmarshalDecode(d, &part) != nil || part.Text.Kind() != '"' || len(parts) == mostMembers {
 				return nil, false
 			}
-			parts = append(parts, p.Text[1:len(p.Text)-1])
+			parts = append(parts, part.Text[1:len(part.Text)-1])
 		}
-		return parts, true
+		return parts, err == nil
 	}
 	return nil, false
 }
@@ -394,22 +393,23 @@ func (rd *reader) calls(v value, role string) ([]byte, bool) {
 	if v.kind != '[' {
 		return nil, false
 	}
-	raw := rd.row.line[v.start:v.end]
-	var list []struct {
-		Function struct {
-			Name      *string        `json:"name"`
-			Arguments jsontext.Value `json:"arguments"`
-		} `json:"function"`
-	}
-	if json.Unmarshal(raw, &list) != nil {
+	raw, n := rd.row.line[v.start:v.end], 0
+	d := jsontext.NewDecoder(bytes.NewBuffer(raw))
+	if _, err := d.ReadToken(); err != nil {
 		return nil, false
 	}
-	for _, c := range list {
-		if c.Function.Name == nil || !isObject(c.Function.Arguments) {
+	for ; d.PeekKind() != ']'; n++ {
+		var call struct {
+			Function struct {
+				Name      *string        `json:"name"`
+				Arguments jsontext.Value `json:"arguments"`
+			} `json:"function"`
+		}
+		if json.UnmarshalDecode(d, &call) != nil || call.Function.Name == nil || !isObject(call.Function.Arguments) {
 			return nil, false
 		}
 	}
-	if len(list) == 0 {
+	if n == 0 {
 		return nil, true
 	}
 	return raw, role == assistant

@@ -14,6 +14,11 @@ import (
 // format needs four.
 const maxDepth = 64
 
+// mostMembers is how many names an object may have, how many messages a line,
+// and how many parts a message: what is kept of each takes more memory than its
+// two bytes in the file.
+const mostMembers = 10_000
+
 // value is where a JSON value stands in its line. The zero value: not there.
 type value struct {
 	kind       jsontext.Kind // ", 0, t, f, n, { or [
@@ -123,6 +128,7 @@ func newParser() *parser {
 
 var (
 	errDepth = errors.New("nested too deep")
+	errMany  = errors.New("too many names or messages")
 	errExtra = errors.New("more after the value")
 )
 
@@ -155,7 +161,10 @@ func (p *parser) object() error {
 	if _, err := p.d.ReadToken(); err != nil {
 		return err
 	}
-	for p.d.PeekKind() != '}' {
+	for n := 0; p.d.PeekKind() != '}'; n++ {
+		if n == mostMembers {
+			return errMany
+		}
 		name, err := p.key()
 		if err != nil {
 			return err
@@ -223,8 +232,12 @@ func (p *parser) value() (value, error) {
 		if _, err := p.d.ReadToken(); err != nil {
 			return value{}, err
 		}
-		if p.d.StackDepth() > maxDepth {
+		now := p.d.StackDepth()
+		if now > maxDepth {
 			return value{}, errDepth
+		}
+		if in, n := p.d.StackIndex(now); in == '{' && n > 2*mostMembers {
+			return value{}, errMany
 		}
 	}
 	return value{kind, start, int(p.d.InputOffset())}, nil
@@ -240,7 +253,10 @@ func (p *parser) list(f field) (err error) {
 		return err
 	}
 	start, from := int(p.d.InputOffset())-1, len(p.row.entries)
-	for p.d.PeekKind() != ']' {
+	for n := 0; p.d.PeekKind() != ']'; n++ {
+		if n == mostMembers {
+			return errMany
+		}
 		var e entry
 		if err := p.entry(&e, f != fTools); err != nil {
 			return err
@@ -264,7 +280,10 @@ func (p *parser) entry(e *entry, inside bool) (err error) {
 		return err
 	}
 	e.self = value{kind: '{', start: int(p.d.InputOffset()) - 1}
-	for p.d.PeekKind() != '}' {
+	for n := 0; p.d.PeekKind() != '}'; n++ {
+		if n == mostMembers {
+			return errMany
+		}
 		name, err := p.key()
 		if err != nil {
 			return err
@@ -314,6 +333,8 @@ func (p *parser) fault(err error) *fault {
 	switch {
 	case errors.Is(err, errDepth):
 		return at(TooDeep, offset, where, "is nested deeper than %d levels", maxDepth)
+	case errors.Is(err, errMany):
+		return at(TooMany, offset, where, "has more than %d names or messages in one place", mostMembers)
 	case errors.Is(err, errExtra):
 		return at(ExtraJSON, offset, "", "has more after its JSON object")
 	case errors.Is(err, jsontext.ErrDuplicateName):

@@ -27,6 +27,7 @@ const (
 	Surrogate    Code = "surrogate_invalid"
 	DuplicateKey Code = "key_duplicate"
 	TooDeep      Code = "nesting_too_deep"
+	TooMany      Code = "too_many"
 	NotObject    Code = "not_an_object"
 
 	UnknownFormat  Code = "format_unknown"
@@ -87,6 +88,7 @@ var suggestions = map[Code]string{
 	Surrogate:    "Replace the broken half of a character; it often comes from text that was cut in the middle of an emoji.",
 	DuplicateKey: "Keep each name once per object.",
 	TooDeep:      "Use flatter objects.",
+	TooMany:      "Split the example.",
 	NotObject:    "Write each example as an object: {...}. If the file is one JSON array, write each of its elements on a line of its own.",
 
 	UnknownFormat:  "Use one of: target_response with current_user_input, turns, messages, conversations, instruction with output, prompt with completion, or text.",

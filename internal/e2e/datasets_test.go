@@ -6,8 +6,10 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -72,5 +74,62 @@ func TestADataSetIsValidatedAndTrainedOn(t *testing.T) {
 	}
 	if n := s.text(`SELECT count(*) FROM notifications WHERE message LIKE '%canary-1f3%'`); n != "0" {
 		t.Error("a notification has text of the data set")
+	}
+}
+
+// The validation of a large file takes little memory, whatever its lines are
+// like: house lines of 4 KB, or so many tiny ones that no more conversations
+// are remembered. It reads from a pipe, as it does from Storage.
+func TestAValidationTakesLittleMemory(t *testing.T) {
+	demo, err := os.ReadFile("../../scripts/train/testdata/demo.jsonl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		bytes int
+		block func(n int) []byte
+	}{
+		"house lines": {500 << 20, func(n int) []byte {
+			if n == 0 {
+				return demo
+			}
+			return demo[bytes.IndexByte(demo, '\n')+1:]
+		}},
+		"tiny lines": {100 << 20, func(n int) []byte {
+			var b []byte
+			for i := range 1000 {
+				b = fmt.Appendf(b, `{"prompt":"what is %d","completion":"a number, %d"}`+"\n", n*1000+i, n*1000+i)
+			}
+			return b
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "dispatcher"), "validate", "/dev/stdin", "--normalised", os.DevNull)
+			in, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var out bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &out, &out
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			for n, written := 0, 0; written < c.bytes; n++ {
+				m, err := in.Write(c.block(n))
+				if err != nil {
+					break // its exit says why
+				}
+				written += m
+			}
+			_ = in.Close()
+			if err := cmd.Wait(); err != nil {
+				t.Fatalf("%v\n%s", err, out.String())
+			}
+			most := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss >> 10
+			t.Logf("%d MiB at most", most)
+			if most > 64 {
+				t.Errorf("%d MiB of memory", most)
+			}
+		})
 	}
 }

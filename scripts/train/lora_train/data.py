@@ -24,6 +24,7 @@ MOST_ERRORS = 20
 MOST_BYTES = 1 << 30  # of a file, after decompression
 MOST_LINE_BYTES = 8 << 20
 MOST_DEPTH = 64
+MOST_MEMBERS = 10_000  # names of an object, messages of a line, parts of a message
 HEAD_BYTES = 4096  # looked at to tell text from anything else
 WHOLE_FILE = 0  # in place of a line number
 
@@ -156,6 +157,9 @@ def _row(line: bytes, most: int) -> dict[str, Any]:
     row = _strict(text)
     if not isinstance(row, dict):
         raise _Bad("is not a JSON object")
+    for key in LISTS:
+        if isinstance(entries := row.get(key), list) and len(entries) > MOST_MEMBERS:
+            raise _Bad(f"has more than {MOST_MEMBERS} entries in `{key}`")
     return row
 
 
@@ -173,6 +177,8 @@ def _strict(text: str) -> Any:  # noqa: ANN401
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_MEMBERS:
+        raise _Bad(f"has more than {MOST_MEMBERS} names in one object")
     made = dict(pairs)
     if len(made) != len(pairs):
         raise _Bad("has the same name twice in one object")
@@ -245,6 +251,8 @@ def _asked(messages: tuple[Message, ...]) -> str | None:
 def _content(entry: dict[str, Any]) -> str | None:
     content = entry.get("content")
     if isinstance(content, list):
+        if len(content) > MOST_MEMBERS:
+            return None
         texts = [p.get("text") if isinstance(p, dict) else None for p in content]
         if not all(isinstance(t, str) for t in texts):
             return None
@@ -391,6 +399,8 @@ def _asked_example(row: dict[str, Any], line: int, messages: tuple[Message, ...]
 def _document(row: dict[str, Any], line: int) -> Example:
     return Example(line, _group(row, line), (Message("text", _answer(row, "text"), trained=True),))
 
+
+LISTS = ("conversation_history", "turns", "messages", "conversations", "tools")
 
 # By which names a format is known; a line with those of several is the first.
 FORMATS = {

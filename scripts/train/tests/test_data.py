@@ -91,8 +91,11 @@ CASES = ROOT.parent.parent / "internal" / "dataset" / "testdata" / "cases.json"
 
 
 def content(case: dict[str, Any]) -> bytes:
-    raw = case.get("text", "") + case.get("head", "")
-    raw = (raw + case.get("unit", "") * case.get("times", 0) + case.get("tail", "")).encode()
+    unit, times = case.get("unit", ""), case.get("times", 0)
+    if case.get("numbered"):
+        unit, times = "".join(unit.replace("#", str(i)) for i in range(times)), 1
+    text = case.get("text", "") + case.get("head", "") + unit * times + case.get("tail", "")
+    raw = text.encode()
     if "base64" in case:
         raw = base64.b64decode(case["base64"])
     return gzip.compress(raw) if case.get("gzip") else raw

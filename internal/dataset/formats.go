@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"strconv"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -503,7 +504,7 @@ func plain(raw []byte) []byte {
 		return raw
 	}
 	quoted := append(append(append(make([]byte, 0, len(raw)+2), '"'), raw...), '"')
-	out, err := jsontext.AppendUnquote(nil, quoted)
+	out, err := jsontext.AppendUnquote(make([]byte, 0, len(raw)), quoted)
 	if err != nil { // cannot be: the decoder took it
 		return raw
 	}
@@ -526,10 +527,16 @@ func empty(raw []byte) bool {
 		}
 		break
 	}
-	for _, r := range string(plain(raw)) {
-		// Python also counts the separators of ASCII as white space.
-		if !unicode.IsSpace(r) && (r < 0x1c || r > 0x1f) {
-			return false
+	for len(raw) > 0 {
+		piece := whole(raw, 4096)
+		raw = raw[len(piece):]
+		for text := plain(piece); len(text) > 0; {
+			r, n := utf8.DecodeRune(text)
+			// Python also counts the separators of ASCII as white space.
+			if !unicode.IsSpace(r) && (r < 0x1c || r > 0x1f) {
+				return false
+			}
+			text = text[n:]
 		}
 	}
 	return true

@@ -103,8 +103,13 @@ func scan(raw []byte, s *seen) (ascii, other int) {
 	before := *s
 	ascii, other, hides := look(raw, true, s)
 	if hides {
-		*s = before
-		ascii, other, _ = look(plain(raw), false, s)
+		*s, ascii, other = before, 0, 0
+		for len(raw) > 0 { // in pieces: a text may have 8 MiB
+			piece := whole(raw, keptBytes)
+			raw = raw[len(piece):]
+			a, o, _ := look(plain(piece), false, s)
+			ascii, other = ascii+a, other+o
+		}
 	}
 	return ascii, other
 }

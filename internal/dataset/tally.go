@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"hash"
 	"hash/maphash"
 	"math"
 	"math/bits"
@@ -17,6 +18,8 @@ const (
 	keptSamples = 3    // conversations
 	sampleTurns = 20   // of a conversation
 	sampleText  = 2000 // characters of a turn
+	sampleID    = 200
+	keptBytes   = 64 << 10 // of a text that the next line may repeat
 	// messageTokens is what a chat template adds to each message.
 	messageTokens = 4
 )
@@ -25,11 +28,12 @@ const (
 type tally struct {
 	report *Report
 	seed   maphash.Seed
-	groups table // digest of a group → examples, turns of its longest
-	known  table // hash of a conversation → group
-	prefix []byte
-	plain  []byte
-	last   []byte // the last group as it stands in the file
+	groups table  // digest of a group → examples, turns of its longest
+	known  table  // hash of a conversation → group
+	prefix []byte // of what is digested of a group
+	digest hash.Hash
+	sum    []byte
+	last   []byte // the last group as it stands in the file, if it is short
 	key    uint64 // and its digest
 	system []byte // the last system prompt, and what was found in it
 	inSys  seen
@@ -42,7 +46,7 @@ type tally struct {
 func newTally(r *Report, splitSeed int64) *tally {
 	return &tally{
 		report: r, seed: maphash.MakeSeed(), groups: newTable(), known: newTable(), sample: map[uint64]bool{},
-		prefix: strconv.AppendInt(nil, splitSeed, 10),
+		prefix: append(strconv.AppendInt(nil, splitSeed, 10), ':'), digest: sha256.New(),
 	}
 }
 
@@ -52,10 +56,15 @@ func (t *tally) group(raw []byte) uint64 {
 	if t.key != 0 && bytes.Equal(raw, t.last) {
 		return t.key
 	}
-	t.last = append(t.last[:0], raw...)
-	t.plain = append(append(append(t.plain[:0], t.prefix...), ':'), plain(raw)...)
-	sum := sha256.Sum256(t.plain)
-	t.key = max(1, binary.BigEndian.Uint64(sum[:]))
+	h := t.digest
+	h.Reset()
+	_, _ = h.Write(t.prefix)
+	_, _ = h.Write(plain(raw))
+	t.sum = h.Sum(t.sum[:0])
+	t.key = max(1, binary.BigEndian.Uint64(t.sum))
+	if t.last = t.last[:0]; len(raw) > 0 && len(raw) <= keptBytes {
+		t.last = append(t.last, raw...)
+	}
 	return t.key
 }
 
@@ -124,7 +133,7 @@ func (t *tally) add(ex *example, line int64) {
 // text scans a message. Files repeat one system prompt in every line: it is
 // scanned once.
 func (t *tally) text(m *message, s *seen) (ascii, other int) {
-	if m.role == system && len(m.parts) == 1 {
+	if m.role == system && len(m.parts) == 1 && len(m.parts[0]) <= keptBytes {
 		if !bytes.Equal(m.parts[0], t.system) {
 			t.system = append(t.system[:0], m.parts[0]...)
 			t.inSys = seen{}
@@ -291,21 +300,29 @@ func roleIndex(role string) int {
 }
 
 func sampleOf(ex *example) Sample {
-	s := Sample{ConversationID: cut(plain(ex.group), 200)}
-	if ex.byUser {
-		s.ConversationID = ""
+	s := Sample{}
+	if !ex.byUser {
+		s.ConversationID = cut([][]byte{ex.group}, sampleID)
 	}
 	for i, m := range ex.messages {
 		if i == sampleTurns {
 			break
 		}
-		s.Turns = append(s.Turns, Turn{Role: m.role, Content: cut(plain(bytes.Join(m.parts, nil)), sampleText)})
+		s.Turns = append(s.Turns, Turn{Role: m.role, Content: cut(m.parts, sampleText)})
 	}
 	return s
 }
 
-// cut shortens a text. NUL, which the database refuses, goes as well.
-func cut(text []byte, most int) string {
+// cut is the beginning of a text, made plain. NUL, which the database refuses,
+// goes.
+func cut(parts [][]byte, most int) string {
+	var text []byte
+	for _, p := range parts {
+		if len(text) > utf8.UTFMax*most {
+			break
+		}
+		text = append(text, plain(whole(p, longestEscape*(most+1)))...)
+	}
 	text = bytes.ReplaceAll(text, []byte{0}, nil)
 	if utf8.RuneCount(text) <= most {
 		return string(text)
@@ -316,6 +333,33 @@ func cut(text []byte, most int) string {
 		i += n
 	}
 	return string(text[:i]) + "…"
+}
+
+// longestEscape is a character beyond the first plane: two escapes.
+const longestEscape = 12
+
+// whole is the beginning of a raw text, of about most bytes, that ends neither
+// within a character nor within an escape.
+func whole(raw []byte, most int) []byte {
+	if len(raw) <= most {
+		return raw
+	}
+	i := 0
+	for i < most {
+		n := 1
+		switch c := raw[i]; {
+		case c >= utf8.RuneSelf:
+			_, n = utf8.DecodeRune(raw[i:])
+		case c == '\\' && raw[i+1] == 'u' && raw[i+2]|0x20 == 'd' && raw[i+3] > '7': // half of a pair
+			n = 12
+		case c == '\\' && raw[i+1] == 'u':
+			n = 6
+		case c == '\\':
+			n = 2
+		}
+		i += n
+	}
+	return raw[:i]
 }
 
 // table is a map from hashes to two numbers that holds no pointers and never

@@ -282,3 +282,15 @@ func TestTheSplitIsTheTrainers(t *testing.T) {
 		}
 	}
 }
+
+func TestEveryCodeIsExplained(t *testing.T) {
+	raw, err := os.ReadFile("../../docs/datasets.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range append(dataset.Codes(), dataset.Findings()...) {
+		if !strings.Contains(string(raw), "\n| `"+string(c)+"` |") {
+			t.Errorf("docs/datasets.md does not explain %s", c)
+		}
+	}
+}

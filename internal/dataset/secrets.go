@@ -1,6 +1,9 @@
 package dataset
 
-import "bytes"
+import (
+	"bytes"
+	"slices"
+)
 
 // What is worth a look but makes no file unusable.
 const (
@@ -24,7 +27,7 @@ const (
 // findingWords say what each finding means and what to do.
 var findingWords = map[Code][2]string{
 	Duplicate:    {"The same conversation stands in the file more than once.", "Remove the copies, unless they are meant to weigh more."},
-	Leak:         {"The same conversation stands under two different conversation ids. One copy may be trained on while the other is used to measure, and the validation loss then looks better than it is.", "Remove the copies, or give them one conversation_id."},
+	Leak:         {"The same conversation stands in the file under two conversation ids, or without one. One copy may be trained on while the other is used to measure, and the validation loss then looks better than it is.", "Remove the copies, or give them one conversation_id."},
 	BlankAnswer:  {"An answer of the assistant is empty.", "Write the answer or remove the message."},
 	LastIsUser:   {"The conversation does not end with an answer of the assistant; what follows the last answer is not trained on.", "Remove what follows the last answer, or add an answer."},
 	FewExamples:  {"The file has fewer than ten examples.", "Add examples: below ten a model learns them by heart; fifty are a start."},
@@ -374,3 +377,6 @@ func account(raw []byte, i int) int {
 	}
 	return end
 }
+
+// Findings lists the code of everything that is worth a look.
+func Findings() []Code { return slices.Clone(findingCodes[:]) }

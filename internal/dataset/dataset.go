@@ -114,7 +114,7 @@ type Turn struct {
 type File struct {
 	SHA256 string `json:"sha256"` // lower-case hex
 	Bytes  int64  `json:"bytes"`
-	Lines  int64  `json:"lines"`
+	Lines  int64  `json:"lines"` // as many as the user's file has, the empty ones included
 }
 
 // Validate reads r to its end, compressed with gzip or not. The error is of
@@ -192,7 +192,9 @@ func (v *validation) file(l *lines) error {
 		case long:
 			v.seenLine, v.seenOther = true, true
 			v.problem(nil, l.number, at(LineTooLong, -1, "", "is longer than %d MiB", v.mostLine>>20))
-		case !blank(line):
+		case blank(line):
+			v.skip()
+		default:
 			v.line(line, l.number)
 			v.seenLine = true
 		}
@@ -212,9 +214,18 @@ func (v *validation) whole() {
 	}
 }
 
+// skip leaves a line empty in the normalised file too, so that the trainer's
+// line numbers are the user's.
+func (v *validation) skip() {
+	if v.out != nil && v.report.BadLines == 0 {
+		v.out.blank()
+	}
+}
+
 func (v *validation) line(line []byte, number int64) {
 	row, f := v.parser.parse(line)
 	if f == nil && row.fields[fMeta].kind != 0 && !v.seenLine {
+		v.skip()
 		return
 	}
 	v.seenOther = true

@@ -56,7 +56,7 @@ func TestTheDemoFileIsGoodAndItsFiguresAreRight(t *testing.T) {
 		t.Errorf("samples %+v", r.Samples)
 	}
 	digest := sha256.Sum256(out.Bytes())
-	if want := (dataset.File{SHA256: hex.EncodeToString(digest[:]), Bytes: int64(out.Len()), Lines: 42}); *r.Normalised != want {
+	if want := (dataset.File{SHA256: hex.EncodeToString(digest[:]), Bytes: int64(out.Len()), Lines: r.Lines}); *r.Normalised != want {
 		t.Errorf("normalised is %+v, the file is %+v", *r.Normalised, want)
 	}
 	// The normalised file says the same, and normalising it changes nothing.

@@ -49,7 +49,7 @@ func FuzzValidate(f *testing.F) {
 			return
 		}
 		for line := range bytes.Lines(out.Bytes()) {
-			if !json.Valid(line) {
+			if string(line) != "\n" && !json.Valid(line) {
 				t.Fatalf("encoding/json refuses %q", line)
 			}
 		}

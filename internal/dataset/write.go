@@ -65,6 +65,11 @@ func (w *writer) text(parts ...[]byte) {
 	w.str(`"`)
 }
 
+func (w *writer) blank() {
+	w.str("\n")
+	w.lines++
+}
+
 // add writes one example as a line.
 func (w *writer) add(ex *example) {
 	w.str(`{`)

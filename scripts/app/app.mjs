@@ -114,18 +114,22 @@ async function signUp(url, email) {
 }
 
 async function train(alice, admin) {
-  const talk = JSON.stringify({ messages: [{ role: "user", content: "My chain slips." }, { role: "assistant", content: "Let us look at the wear first." }] }) + "\n";
-  const file = new Blob([talk.repeat(20)], { type: "application/jsonl" });
+  const talks = Array.from({ length: 20 }, (_, i) => ({
+    messages: [{ role: "user", content: `My chain slips in gear ${i + 1}.` }, { role: "assistant", content: `Let us look at the wear of sprocket ${i + 1} first.` }],
+  }));
+  const file = new Blob(talks.map((t) => JSON.stringify(t) + "\n"), { type: "application/jsonl" });
   const { row, upload } = await createDataset(alice, admin, "talks.jsonl", file.size);
   await must("upload", alice.db.storage.from("lora-datasets").uploadToSignedUrl(upload.path, upload.token, file, { contentType: "application/jsonl" }));
   const confirmed = await confirmDataset(alice, row.id);
   assert.equal(confirmed.status, "validating");
   say(`uploaded and confirmed ${confirmed.id}`);
-  await eventually("validation", 60, async () => {
-    const d = await must("read the data set", alice.db.from("datasets").select("status, error_message").eq("id", row.id).single());
+  const ready = await eventually("validation", 60, async () => {
+    const d = await must("read the data set", alice.db.from("datasets").select("*").eq("id", row.id).single());
     assert.notEqual(d.status, "error", d.error_message);
-    return d.status === "ready";
+    return d.status === "ready" && d;
   });
+  assert.ok(ready.training_ready && ready.validated_at && ready.total_training_pairs > 0 && Number(ready.total_tokens) > 0);
+  assert.equal(ready.sample_data.length, 3);
   say("the data set is ready");
 
   const job = await createJob(alice, row.id);
@@ -152,7 +156,7 @@ async function train(alice, admin) {
   assert.equal(costs.length, 1);
   assert.equal(Number(costs[0].amount), Number(done.final_cost));
   const notes = await must("read the notifications", alice.db.from("notifications").select("id, type").eq("read", false).order("created_at"));
-  for (const type of ["job_started", "job_completed", "artifact_ready"]) assert.equal(notes.filter((n) => n.type === type).length, 1, type);
+  for (const type of ["dataset_ready", "job_started", "job_completed", "artifact_ready"]) assert.equal(notes.filter((n) => n.type === type).length, 1, type);
   await must("mark as read", alice.db.from("notifications").update({ read: true }).eq("id", notes[0].id).select().single());
   await must("read the checkpoints", alice.db.from("checkpoints").select("*").eq("job_id", job.id));
   const lines = await must("read the log", alice.db.from("job_logs").select("*").eq("job_id", job.id).order("timestamp"));

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -73,9 +74,9 @@ func TestTheAppWithSupabaseJS(t *testing.T) {
 	if out, err := app(t.Context(), []string{"DATABASE_URL=" + database}, "schema").CombinedOutput(); err != nil {
 		t.Fatalf("make the tables of auth: %v\n%s", err, out)
 	}
-	standIns(t, database)
+	owner := hosted(t, database)
 
-	s := startOn(t, database, dry(60, 30*time.Millisecond)...)
+	s := startOn(t, owner, dry(60, 30*time.Millisecond)...)
 	s.fakeModel()
 	s.dispatcher("dispatcher")
 	s.agent("host-1")
@@ -101,14 +102,33 @@ func TestTheAppWithSupabaseJS(t *testing.T) {
 	}
 }
 
-func standIns(t *testing.T, database string) {
+// hosted makes a database like that of a hosted project and returns its URL for
+// the project's owner, who is no superuser there: what migrates has the rights
+// that postgres has, and the functions run with them.
+func hosted(t *testing.T, database string) (owner string) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), database)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close(context.WithoutCancel(t.Context()))
-	if _, err := conn.PgConn().Exec(t.Context(), deploy.StandIns).ReadAll(); err != nil {
+	u, err := url.Parse(database)
+	if err != nil {
 		t.Fatal(err)
 	}
+	name := "owner_" + strings.TrimPrefix(u.Path, "/")
+	for _, sql := range []string{
+		`DROP SCHEMA IF EXISTS supabase_migrations CASCADE`, // lite makes one
+		deploy.StandIns,
+		`CREATE ROLE ` + name + ` LOGIN CREATEROLE BYPASSRLS PASSWORD 'owner'`,
+		`ALTER DATABASE ` + strings.TrimPrefix(u.Path, "/") + ` OWNER TO ` + name,
+		`GRANT USAGE ON SCHEMA auth TO ` + name,
+		`GRANT REFERENCES, SELECT ON auth.users TO ` + name,
+	} {
+		if _, err := conn.PgConn().Exec(t.Context(), sql).ReadAll(); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	u.User = url.UserPassword(name, "owner")
+	return u.String()
 }

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/url"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -144,10 +145,27 @@ func hideURL(err error) error {
 	return errors.New("it is not of the form postgres://user:password@host:port/database")
 }
 
-// Close closes every connection.
+// partLimit is how long Close waits for connections to end in good order.
+const partLimit = 5 * time.Second
+
+// Close closes every connection. One that went silent is not waited for: pgx
+// takes 15 s to part from it, in which the next process of an agent that was
+// restarted would not renew its lease.
 func (s *Store) Close() {
-	s.vital.Close()
-	s.pool.Close()
+	var pools sync.WaitGroup
+	pools.Go(s.vital.Close)
+	pools.Go(s.pool.Close)
+	closed := make(chan struct{})
+	go func() {
+		pools.Wait()
+		close(closed)
+	}()
+	late := time.NewTimer(partLimit)
+	defer late.Stop()
+	select {
+	case <-closed:
+	case <-late.C:
+	}
 }
 
 // Ping asks the database for a sign of life.

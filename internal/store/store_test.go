@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"lorayard/deploy"
+	"lorayard/internal/devstack/services"
 	"lorayard/internal/job"
 	"lorayard/internal/store"
 	"lorayard/internal/storetest"
@@ -276,6 +277,34 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	storetest.Check(t, db.Pool)
+}
+
+// Whoever leaves does not wait for a network that does not answer.
+func TestClosingDoesNotWaitForSilentConnections(t *testing.T) {
+	db := storetest.New(t)
+	host := db.Pool.Config().ConnConfig
+	wire, err := services.Proxy(fmt.Sprintf("%s:%d", host.Host, host.Port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer wire.Close()
+	st, err := store.Open(t.Context(), strings.Replace(db.URL, fmt.Sprintf("%s:%d", host.Host, host.Port), wire.Addr(), 1), store.Options{Name: "silent"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := wire.Blackhole(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := st.Ping(ctx); err == nil {
+		t.Fatal("a black hole answered")
+	}
+	began := time.Now()
+	st.Close()
+	if took := time.Since(began); took > 10*time.Second { // pgx alone: 15 s
+		t.Errorf("closing took %v", took)
+	}
 }
 
 // The page draws the curve in the order of time. An attempt that does steps

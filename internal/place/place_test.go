@@ -440,7 +440,7 @@ func TestWorkWithoutDevicesGoesWhereTheLeastOfItIs(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 	in.Hosts = in.Hosts[2:]
-	if r := run(t, in); r.Waiting["1"].Reason != "no host takes anything new: c is draining" {
+	if r := run(t, in); r.Waiting["1"].Reason != "no host takes anything new: c is closed to new jobs" {
 		t.Errorf("%+v", r)
 	}
 }
@@ -475,7 +475,7 @@ func TestWaitingSaysWhy(t *testing.T) {
 		{job: with(two, func(j *place.Job) { j.BaseModel = "x" }), hosts: []place.Host{full}, want: "2 × H100 are on no host that holds base model x"},
 		{job: with(two, func(j *place.Job) { j.Labels = map[string]string{"zone": "eu"} }), hosts: []place.Host{full}, want: "2 × H100 are on no host with the labels zone=eu"},
 		{job: two, hosts: []place.Host{sick}, want: "2 × H100 are on a host, but 1 of its devices are not fit: fell off the bus"},
-		{job: two, hosts: []place.Host{drained}, want: "2 × H100 are only where nothing new is taken: a is draining"},
+		{job: two, hosts: []place.Host{drained}, want: "2 × H100 are only where nothing new is taken: a is closed to new jobs"},
 		{job: small, hosts: []place.Host{full}, want: "2 × H100 with 85.6 GB are on no single host; hosts have up to 4 × H100"},
 		{job: with(two, func(j *place.Job) { j.Wish = job.Wish{} }), hosts: []place.Host{gpus("a", "MIG-9GB", 4)}, want: "2 × any GPU are on no single host; hosts have up to 4 × MIG-9GB"},
 		{job: two, hosts: []place.Host{full}, user: place.User{MaxGPUs: 1}, want: "quota: you may use 1 GPUs at once, and this job asks for 2"},

@@ -202,7 +202,7 @@ func (s *state) whyNot(d *demand) string {
 	case sick > 0:
 		return fmt.Sprintf("are on a host, but %d of its devices are not fit: %s", sick, fault)
 	}
-	return "are only where nothing new is taken: " + some(draining) + " " + isAre(len(draining)) + " draining"
+	return "are only where nothing new is taken: " + some(draining) + " " + isAre(len(draining)) + " closed to new jobs"
 }
 
 // promised gives a reservation because of which count free devices are not
@@ -234,7 +234,7 @@ func (s *state) whyNowhere(j *Job) string {
 	case len(s.hosts) == 0:
 		return "no host takes work at the moment"
 	case len(draining) == len(s.hosts):
-		return "no host takes anything new: " + some(draining) + " " + isAre(len(draining)) + " draining"
+		return "no host takes anything new: " + some(draining) + " " + isAre(len(draining)) + " closed to new jobs"
 	case len(j.Labels) > 0:
 		return "no host that takes work carries the labels " + labels(j.Labels)
 	}

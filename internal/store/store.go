@@ -99,8 +99,9 @@ const buried = 3
 const idlePing = 2 * time.Second
 
 // leaseConnect bounds a dial of the lease's connection: a renewal that has to
-// dial first should still come in time.
-const leaseConnect = 2 * time.Second
+// dial first should still come in time, also over a line of half a second there
+// and back.
+const leaseConnect = 4 * time.Second
 
 func configure(c *pgx.ConnConfig, name string) {
 	c.RuntimeParams["application_name"] = name

@@ -23,7 +23,8 @@ type base struct {
 	agents map[string]*agentRow
 	leader leader
 	ears   []*ear
-	era    instant // when it was rolled back for the last time; 0: never
+	idle   time.Duration // of what is being settled: how long its devices have been free
+	era    instant       // when it was rolled back for the last time; 0: never
 }
 
 // row is a job.
@@ -182,6 +183,9 @@ func (b *base) book(r *row, before proto.Job, e proto.Event) {
 			if u := &r.usage[k]; u.attempt == i+1 && !u.closed {
 				if alive {
 					u.to = max(u.to, now)
+				}
+				if b.idle > time.Second && !b.rules.PayIdle {
+					u.to = max(u.from+time.Microsecond, min(u.to, now-b.idle))
 				}
 				u.closed, u.billable = true, billable || b.rules.PayLost
 			}
@@ -605,8 +609,10 @@ func (b *base) append(ref job.Ref) error {
 	return nil
 }
 
-func (b *base) settle(ref job.Ref, end proto.Event) (job.Status, error) {
+func (b *base) settle(ref job.Ref, end proto.Event, idle time.Duration) (job.Status, error) {
 	r := b.byID[ref.Job]
+	b.idle = idle
+	defer func() { b.idle = 0 }()
 	end.Do, end.Attempt, end.Nonce = proto.Settle, ref.Attempt, ref.Nonce
 	switch ans := b.next(r, "", end, 0); ans.Kind {
 	case proto.Done:

@@ -410,8 +410,8 @@ func (s agentStore) append(ctx context.Context, ref job.Ref) error {
 	return run(ctx, s.actor, "append "+string(ref.Job), func() error { return s.w.base.append(ref) })
 }
 
-func (s agentStore) settle(ctx context.Context, ref job.Ref, end proto.Event) (job.Status, error) {
-	return call(ctx, s.actor, "settle "+string(ref.Job), func() (job.Status, error) { return s.w.base.settle(ref, end) })
+func (s agentStore) settle(ctx context.Context, ref job.Ref, end proto.Event, idle time.Duration) (job.Status, error) {
+	return call(ctx, s.actor, "settle "+string(ref.Job), func() (job.Status, error) { return s.w.base.settle(ref, end, idle) })
 }
 
 // redis is the queue: a list of tasks for each agent that nobody promised to

@@ -104,8 +104,14 @@ func (b *base) checkBill(r *row) {
 				b.wrong("%s: attempts %d and %d overlap", r.id, o.attempt, u.attempt)
 			}
 		}
-		if end, ok := b.ran[job.Ref{Job: r.id, Attempt: u.attempt, Nonce: a.Nonce}]; ok && u.billable && u.to-end > b.res.Unused {
-			b.res.Unused = u.to - end
+		// What a process says counts from when it heard of the end until it said
+		// so, and that may be underway for a while; a process that steps aside
+		// leaves it to the next one to say.
+		if end, ok := b.ran[job.Ref{Job: r.id, Attempt: u.attempt, Nonce: a.Nonce}]; ok && u.billable {
+			b.res.Unused = max(b.res.Unused, u.to-end)
+			if u.to-end > unanswered+2*time.Second && !b.unheard(a.Agent, end, u.to) {
+				b.wrong("%s pays for %v after the end of attempt %d", r.id, u.to-end, u.attempt)
+			}
 		}
 		if u.billable {
 			total += cost.Price(cost.Rate{PerHour: rate}, u.to-u.from)
@@ -118,6 +124,14 @@ func (b *base) checkBill(r *row) {
 	if paid != total {
 		b.wrong("%s pays %v for %v", r.id, paid, total)
 	}
+}
+
+// unheard reports whether an agent may not have heard of a trainer's end at
+// once.
+func (b *base) unheard(agent string, from, to instant) bool {
+	return slices.ContainsFunc(b.hosts, func(h *host) bool {
+		return h.agent == agent && (h.life.frozen.touch(from, to) || slices.ContainsFunc(h.life.strikes, func(k strike) bool { return k.blow == restart }))
+	})
 }
 
 // checkDevices looks for a device with two owners after an assignment.

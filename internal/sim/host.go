@@ -493,13 +493,27 @@ func (p *process) follow(ctx context.Context, as job.Assignment, live *attempt.L
 		if len(p.w.plan.rollBacks) > 0 {
 			shown = 300 * time.Millisecond
 		}
-		if err := p.store.append(ctx, as.Ref); job.KindOf(err) == job.LeaseLost {
+		if err := p.ship(ctx, as.Ref, t); job.KindOf(err) == job.LeaseLost {
 			if !p.end(t, "it may not write") {
 				return errOver
 			}
 			return err
 		}
 	}
+}
+
+// ship writes, and does not wait for it beyond the end of the trainer.
+func (p *process) ship(ctx context.Context, ref job.Ref, t *trainer) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	p.wg.Go(func() {
+		select {
+		case <-t.ended:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	return p.store.append(ctx, ref)
 }
 
 func is(c <-chan struct{}) bool {
@@ -574,10 +588,10 @@ func (p *process) settle(ctx context.Context, as job.Assignment, live *attempt.L
 	if !p.w.Mutant.FreeLate {
 		live.Free()
 	}
-	always := context.WithoutCancel(ctx)
+	always, freed := context.WithoutCancel(ctx), p.w.now()
 	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		call, cancel := context.WithTimeout(always, 30*time.Second)
-		_, err := p.store.settle(call, as.Ref, end)
+		_, err := p.store.settle(call, as.Ref, end, p.w.now()-freed)
 		cancel()
 		if err == nil || job.KindOf(err) == job.LeaseLost || errors.Is(err, errOver) || p.w.Mutant.GiveUpSettle {
 			return err

@@ -12,6 +12,7 @@ type Mutant struct {
 	JudgeUnled    bool // the reaper does not ask who leads
 	ShareInBase   bool // neither an assignment nor an accept looks whether a device is taken
 	PayLost       bool // lost attempts are billed
+	PayIdle       bool // an attempt is billed until its settlement
 	FreeLate      bool // devices are free only after the settlement
 	ForgetLeft    bool // a process does not look for what the one before left to it
 	ListNothing   bool // a renewal does not list what runs

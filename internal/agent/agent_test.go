@@ -139,17 +139,21 @@ func TestADrainWaitsForAnAcceptUnderWayAndHandsItBack(t *testing.T) {
 
 func TestAReplacedAgentHasEndedWhatItWasAboutToBegin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
 		h := &host{
 			accept: func(context.Context) error { time.Sleep(3 * time.Second); return nil },
-			renew:  func() error { return nil },
+			renew: func() error {
+				if time.Since(began) < 500*time.Millisecond {
+					return nil
+				}
+				return store.ErrReplaced
+			},
 		}
 		a := h.agent()
 		done := make(chan error, 1)
 		go func() { done <- a.Run(t.Context()) }()
 		synctest.Wait()
 		go func() { _ = a.Accept(context.Background(), job.Task{Ref: job.Ref{Job: "j", Attempt: 1}}) }()
-		time.Sleep(time.Second / 2)
-		h.renew = func() error { return store.ErrReplaced }
 		if err := <-done; !errors.Is(err, store.ErrReplaced) {
 			t.Fatal(err)
 		}

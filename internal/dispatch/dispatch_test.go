@@ -3,7 +3,7 @@ package dispatch_test
 import (
 	"context"
 	"log/slog"
-	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -82,20 +82,28 @@ func TestASilentAgentIsJudgedWhenItsLeaseRunsOutAndNotAtTheNextPoll(t *testing.T
 // first job comes, and another one is there.
 type gone struct {
 	oneAgent
-	hosts    []store.Host
-	wake     func(string)
+	moved    atomic.Bool // the other host is there
 	assigned chan string
+}
+
+func (s *gone) host() string {
+	if s.moved.Load() {
+		return "new"
+	}
+	return "old"
 }
 
 func (s *gone) Listen(ctx context.Context, wake func(string)) error {
 	time.Sleep(100 * time.Millisecond)
-	s.hosts[0].Agent = "new"
+	s.moved.Store(true)
 	wake("job:j")
 	<-ctx.Done()
 	return ctx.Err()
 }
 
-func (s *gone) Hosts(context.Context) ([]store.Host, error) { return slices.Clone(s.hosts), nil }
+func (s *gone) Hosts(context.Context) ([]store.Host, error) {
+	return []store.Host{{Agent: s.host(), Devices: []store.Device{{UUID: "GPU-1", Class: "H100", MemoryBytes: 80e9}}}}, nil
+}
 func (s *gone) Users(context.Context) ([]store.User, error) { return nil, nil }
 func (s *gone) Rates(context.Context) (map[string]int64, error) {
 	return map[string]int64{"H100": 1}, nil
@@ -103,7 +111,7 @@ func (s *gone) Rates(context.Context) (map[string]int64, error) {
 func (s *gone) Running(context.Context) ([]store.Running, error) { return nil, nil }
 func (s *gone) SetWaiting(context.Context, []store.Wait) error   { return nil }
 func (s *gone) Waiting(_ context.Context, _ int, only []job.ID) ([]store.Waiting, error) {
-	if s.hosts[0].Agent == "old" {
+	if s.host() == "old" {
 		return nil, nil
 	}
 	return []store.Waiting{{ID: "j", User: "u", Spec: job.Spec{GPUCount: 1}}}, nil
@@ -126,7 +134,6 @@ func (noQueue) SendAll(_ context.Context, sends []queue.Send) []error {
 func TestAJobForAHostThatIsGoneIsPlacedAgainAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &gone{assigned: make(chan string, 10)}
-		s.hosts = []store.Host{{Agent: "old", Devices: []store.Device{{UUID: "GPU-1", Class: "H100", MemoryBytes: 80e9}}}}
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		d := dispatch.New(dispatch.Parts{

@@ -159,7 +159,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		return err
 	}
 	defer lock.Close()
-	instance, err := instanceOf(s.DataDir)
+	instance, generation, err := instanceOf(s.DataDir)
 	if err != nil {
 		return err
 	}
@@ -194,7 +194,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		return err
 	}
 	m := metrics.NewAgent()
-	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Hostname: hostname, Version: version, BaseModels: models, Labels: labels}
+	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Generation: generation, Hostname: hostname, Version: version, BaseModels: models, Labels: labels}
 	for _, d := range devices {
 		self.Devices = append(self.Devices, store.Device(d))
 	}
@@ -256,21 +256,27 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 }
 
 // instanceOf names a data directory, once for its whole life: an agent that is
-// started on the same one is the heir of the process before.
-func instanceOf(dataDir string) (string, error) {
+// started on the same one is the heir of the process before. The generation
+// counts them, so that a registration of an earlier one that comes late is told
+// from its heir's.
+func instanceOf(dataDir string) (id string, generation int64, err error) {
 	path := filepath.Join(dataDir, "instance")
 	raw, err := os.ReadFile(path)
-	if err == nil && uuid.Validate(strings.TrimSpace(string(raw))) == nil {
-		return strings.TrimSpace(string(raw)), nil
-	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("read the data directory's name: %w", err)
+		return "", 0, fmt.Errorf("read the data directory's name: %w", err)
 	}
-	id := uuid.NewString()
-	if err := os.WriteFile(path, []byte(id+"\n"), 0o600); err != nil {
-		return "", fmt.Errorf("name the data directory: %w", err)
+	_, _ = fmt.Sscan(string(raw), &id, &generation) // a new directory has neither
+	if uuid.Validate(id) != nil {
+		id, generation = uuid.NewString(), 0
 	}
-	return id, nil
+	generation++
+	if err := os.WriteFile(path+".new", fmt.Appendf(nil, "%s %d\n", id, generation), 0o600); err != nil {
+		return "", 0, fmt.Errorf("name the data directory: %w", err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return "", 0, fmt.Errorf("name the data directory: %w", err)
+	}
+	return id, generation, nil
 }
 
 func labelsOf(pairs []string) (map[string]string, error) {

@@ -215,7 +215,7 @@ func (a *Agent) register(ctx context.Context, left []heir) ([]job.Ref, error) {
 			return kept, nil
 		case ctx.Err() != nil:
 			return nil, nil
-		case store.IsData(err):
+		case store.IsData(err), errors.Is(err, store.ErrReplaced):
 			return nil, err
 		case errors.Is(err, store.ErrInUse):
 			if inUseSince.IsZero() {

@@ -17,6 +17,12 @@ func (m *model) only(fs ...fault) *model {
 	return m
 }
 
+// twice lets a fault happen so often.
+func (m *model) twice(f fault) *model {
+	m.budget[f] = 2
+	return m
+}
+
 func (m *model) netless() *model {
 	m.net = false
 	return m
@@ -36,6 +42,7 @@ func TestAProtocolWithoutAnyOneOfItsRulesIsCaught(t *testing.T) {
 				newModel(r, true, 1, 2, 2).only(silence, lateRenewal),
 				newModel(r, true, 1, 2, 2).only(killAgent, cancelJob),
 				newModel(r, true, 1, 3, 1).only(silence, twin, killAgent),
+				newModel(r, true, 1, 2, 1).only(killAgent).twice(killAgent),
 			} {
 				if res := m.explore(2_000_000); res.bad != "" {
 					t.Logf("%v: %s", res, res.explain())

@@ -120,7 +120,9 @@ const (
 type Agent struct {
 	Boot     string // the process that runs it
 	Instance string // its data directory: the same one means the same host
-	Lease    Lease
+	// Generation counts the processes that were started on the data directory.
+	Generation int
+	Lease      Lease
 }
 
 // State is what one event is about: a job, and the row of the agent that the
@@ -146,7 +148,7 @@ const (
 	SettleCancelled Verb = "settle cancelled" // dispatcher
 	Want            Verb = "want"             // dispatcher or operator: Desired (run resumes a paused job)
 	Cancel          Verb = "cancel"           // the app, blindly
-	Register        Verb = "register"         // agent: Agent, Boot, Instance; Attempt and Nonce of what it adopts of this job
+	Register        Verb = "register"         // agent: Agent, Boot, Instance, Generation; Attempt and Nonce of what it adopts of this job
 	Renew           Verb = "renew"            // agent: Agent, Boot, and Attempt and Nonce when it asks for this job; Unlisted
 	Accept          Verb = "accept"           // agent: Agent, Boot, Attempt, Nonce
 	Append          Verb = "append"           // agent: Attempt, Nonce; a checkpoint is the same
@@ -155,17 +157,19 @@ const (
 
 // Event is one call of the database.
 type Event struct {
-	Do        Verb
-	Agent     string
-	Boot      string
-	Instance  string
-	Attempt   int
-	Nonce     string
-	Desired   job.Desired
-	Outcome   Outcome
-	Retryable bool // failed: another attempt may help
-	Counted   bool // the failure is the job's own
-	Unlisted  bool // renew: an attempt that it does not ask for was accepted so long ago that its accept is not under way
+	Do       Verb
+	Agent    string
+	Boot     string
+	Instance string
+	// Generation: register. One that is lower than its heir's comes late.
+	Generation int
+	Attempt    int
+	Nonce      string
+	Desired    job.Desired
+	Outcome    Outcome
+	Retryable  bool // failed: another attempt may help
+	Counted    bool // the failure is the job's own
+	Unlisted   bool // renew: an attempt that it does not ask for was accepted so long ago that its accept is not under way
 }
 
 // Kind is what an answer says.
@@ -325,7 +329,10 @@ func (r Rules) register(s *State, e Event) Answer {
 	if s.Agent.Boot != e.Boot && s.Agent.Instance != e.Instance && s.Agent.Lease == LeaseHeld && s.Agent.Boot != "" && !r.RegisterAnyInstance {
 		return Answer{Kind: InUse}
 	}
-	s.Agent = Agent{Boot: e.Boot, Instance: e.Instance}
+	if s.Agent.Instance == e.Instance && e.Generation < s.Agent.Generation && !r.RegisterAnyGeneration {
+		return Answer{Kind: Replaced}
+	}
+	s.Agent = Agent{Boot: e.Boot, Instance: e.Instance, Generation: e.Generation}
 	j := &s.Job
 	cur, _ := j.Current()
 	if j.Control != Accepted || cur.Agent != e.Agent {

@@ -5,24 +5,25 @@ package proto
 // notice that a rule is missing.
 type Rules struct {
 	// The database.
-	AssignBlindly       bool // an assignment does not compare state and attempt
-	AcceptAnyAttempt    bool // an accept does not compare the attempt
-	AcceptAnyBoot       bool // an accept does not compare the process
-	AcceptCancelled     bool // an accept does not look for a cancel
-	AcceptOnce          bool // an accept asked again with its nonce is stale
-	RenewAnyBoot        bool // a renewal does not compare the process
-	WriteUnfenced       bool // a write compares nothing
-	WriteWithoutNonce   bool // a write compares the attempt alone
-	SettleAgain         bool // a settlement does not look whether the attempt is open
-	SettleForgets       bool // a settlement asked again is stale
-	CancelLoses         bool // a settlement does not look for a cancel
-	FinalMayChange      bool // final statuses do not absorb
-	LoseAnyAttempt      bool // the reaper does not compare the attempt
-	LoseBlindly         bool // the reaper does not look again whether the agent is silent
-	RequeueCancelled    bool // going back to the queue does not look for a cancel
-	KeepUnlisted        bool // a renewal does not lose what its agent does not run
-	RegisterKeepsAll    bool // a new process does not lose what it does not adopt
-	RegisterAnyInstance bool // a process on another host takes an id whose lease is held
+	AssignBlindly         bool // an assignment does not compare state and attempt
+	AcceptAnyAttempt      bool // an accept does not compare the attempt
+	AcceptAnyBoot         bool // an accept does not compare the process
+	AcceptCancelled       bool // an accept does not look for a cancel
+	AcceptOnce            bool // an accept asked again with its nonce is stale
+	RenewAnyBoot          bool // a renewal does not compare the process
+	WriteUnfenced         bool // a write compares nothing
+	WriteWithoutNonce     bool // a write compares the attempt alone
+	SettleAgain           bool // a settlement does not look whether the attempt is open
+	SettleForgets         bool // a settlement asked again is stale
+	CancelLoses           bool // a settlement does not look for a cancel
+	FinalMayChange        bool // final statuses do not absorb
+	LoseAnyAttempt        bool // the reaper does not compare the attempt
+	LoseBlindly           bool // the reaper does not look again whether the agent is silent
+	RequeueCancelled      bool // going back to the queue does not look for a cancel
+	KeepUnlisted          bool // a renewal does not lose what its agent does not run
+	RegisterKeepsAll      bool // a new process does not lose what it does not adopt
+	RegisterAnyGeneration bool // a registration that comes after its heir's takes the agent back
+	RegisterAnyInstance   bool // a process on another host takes an id whose lease is held
 	// The dispatcher.
 	NeverResend          bool
 	NeverTakeBack        bool

@@ -74,7 +74,8 @@ const (
 	accepting
 	preparing // accepted; the trainer does not run yet
 	running
-	ending // it ended; the attempt is being settled
+	ending      // it ended; the attempt is being settled
+	registering // of a ghost alone
 )
 
 var outcomes = [...]proto.Event{
@@ -111,7 +112,7 @@ type process struct {
 }
 
 type ghost struct {
-	do            phase // accepting or ending
+	do            phase // accepting, ending or registering
 	ref           ref
 	boot, outcome uint8
 }
@@ -455,7 +456,7 @@ func compute(w *world, h int, r ref, s *step) {
 }
 
 func (r ref) event(do proto.Verb, h int, boot uint8) proto.Event {
-	return proto.Event{Do: do, Agent: agentName[agentOf[h]], Boot: bootName(h, boot), Instance: instances[h], Attempt: int(r.attempt), Nonce: nonceNames[r.nonce]}
+	return proto.Event{Do: do, Agent: agentName[agentOf[h]], Boot: bootName(h, boot), Instance: instances[h], Generation: int(boot), Attempt: int(r.attempt), Nonce: nonceNames[r.nonce]}
 }
 
 func (p *process) rest() { p.phase, p.ref, p.send, p.outcome, p.late = idle, ref{}, 0, 0, false }
@@ -605,6 +606,9 @@ func (k *walker) renew(h int) {
 		q.trainer = ref{}
 		q.rest()
 	case proto.KillAll:
+		if w.rows[a].Instance == instances[h] && w.rows[a].Generation < int(p.boot) {
+			s.bad = "the newest process of a host is told that an earlier one replaced it"
+		}
 		q.trainer = ref{}
 		q.rest()
 		q.alive, q.registered, q.past = false, false, false
@@ -746,6 +750,9 @@ func (k *walker) kill(h int) {
 	case idle, running:
 		left = ghost{}
 	}
+	if !p.registered { // what it listed is not in it: nobody knows it any more
+		left = ghost{do: registering, boot: p.boot}
+	}
 	if h != hostA { // nobody comes back here: the directory is of no use
 		q.rest()
 	}
@@ -801,8 +808,11 @@ func (k *walker) shim(h int) {
 		next.procs[h].ghost = ghost{}
 		k.add(step{what: "the dead process's request vanishes", host: int8(h), to: next})
 		do := proto.Accept
-		if g.do == ending {
+		switch g.do {
+		case ending:
 			do = proto.Settle
+		case registering:
+			do = proto.Register
 		}
 		e := g.ref.event(do, h, g.boot)
 		if do == proto.Settle {

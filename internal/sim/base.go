@@ -516,11 +516,14 @@ func (b *base) register(self store.Agent, ttl time.Duration, adopt []job.Ref) ([
 		a = &agentRow{}
 		b.agents[self.ID] = a
 	}
-	e := proto.Event{Do: proto.Register, Agent: self.ID, Boot: self.Boot, Instance: self.Instance}
+	e := proto.Event{Do: proto.Register, Agent: self.ID, Boot: self.Boot, Instance: self.Instance, Generation: int(self.Generation)}
 	was := b.standing(self.ID, 0)
 	s, ans := b.rules.Next(proto.State{Job: proto.New(), Agent: was}, e)
 	if ans.Kind == proto.InUse {
 		return nil, store.ErrInUse
+	}
+	if ans.Kind == proto.Replaced {
+		return nil, store.ErrReplaced
 	}
 	for _, r := range b.rows { // each against the row as it was: the last one changes it
 		e.Attempt, e.Nonce = 0, ""
@@ -553,6 +556,9 @@ func (b *base) renew(self store.Agent, ttl time.Duration, st store.AgentState, r
 	a, now := b.agents[self.ID], b.now()
 	e := proto.Event{Do: proto.Renew, Agent: self.ID, Boot: self.Boot}
 	if _, ans := b.rules.Next(proto.State{Job: proto.New(), Agent: b.standing(self.ID, 0)}, e); ans.Kind == proto.Replaced {
+		if now := b.agents[self.ID].self; now.Instance == self.Instance && now.Generation < self.Generation {
+			b.wrong("%s is told that %s replaced it, which came before it", self.Boot, now.Boot)
+		}
 		return store.Wanted{}, store.ErrReplaced
 	}
 	a.until = max(a.until, now+ttl)

@@ -150,11 +150,6 @@ func call[T any](ctx context.Context, a *actor, what string, tx func() (T, error
 		switch {
 		case a.killed && a.killedAt < leaves:
 			return // while it was frozen
-		case a.killed && what == "register":
-			// Left out: a registration is not fenced. One that arrives after
-			// that of the next process of its host replaces it, and its
-			// attempts are lost; a supervisor mends it. (Seed 6528 shows it.)
-			return
 		case hung:
 			reply(answer[T]{err: errReset}, now+unanswered)
 			return

@@ -121,7 +121,7 @@ func (h *host) begin() {
 	p := &process{actor: newActor(w, fmt.Sprint(h.name, h.boots), h.life), host: h, under: map[job.Ref]*trainer{}}
 	p.actor.agent = true
 	devices := gpu.Pretend(h.gpus, class, h.name)
-	self := store.Agent{ID: h.agent, Boot: p.name, Instance: h.name, BaseModels: []string{model}}
+	self := store.Agent{ID: h.agent, Boot: p.name, Instance: h.name, Generation: int64(h.boots), BaseModels: []string{model}}
 	for _, d := range devices {
 		self.Devices = append(self.Devices, store.Device(d))
 	}

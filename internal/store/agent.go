@@ -17,9 +17,11 @@ import (
 
 // Agent is what an agent says of itself and its host.
 type Agent struct {
-	ID         string            `json:"-"`
-	Boot       string            `json:"-"`        // a UUID, new for each start of the process; who knows it is the process
-	Instance   string            `json:"instance"` // names the data directory: the same one means the same host
+	ID       string `json:"-"`
+	Boot     string `json:"-"`        // a UUID, new for each start of the process; who knows it is the process
+	Instance string `json:"instance"` // names the data directory: the same one means the same host
+	// Generation counts the processes that were started on the data directory.
+	Generation int64             `json:"generation"`
 	Hostname   string            `json:"hostname"`
 	Version    string            `json:"version"`
 	BaseModels []string          `json:"base_models"` // models that the host holds
@@ -43,7 +45,8 @@ const register = `SELECT lorayard.register_agent($1, $2, $3, $4, $5)`
 // Register makes this process the one that runs a.ID. What an earlier process
 // of the same id had accepted goes on when it is in adopt, with its nonce, and
 // goes back to the queue otherwise; Register returns what goes on. The error
-// wraps ErrInUse when the id or a device is held by a process on another host.
+// wraps ErrReplaced when a later process of the same data directory has
+// registered, and ErrInUse when the id or a device is held by a process on another host.
 func (s *Store) Register(ctx context.Context, a Agent, ttl time.Duration, adopt []job.Ref) ([]job.Ref, error) {
 	if a.BaseModels == nil {
 		a.BaseModels = []string{}
@@ -64,8 +67,13 @@ func (s *Store) Register(ctx context.Context, a Agent, ttl time.Duration, adopt 
 	}
 	var raw []byte
 	if err := s.pool.QueryRow(ctx, register, a.ID, a.Boot, info, ttl, refs).Scan(&raw); err != nil {
-		if pg, ok := errors.AsType[*pgconn.PgError](err); ok && (pg.Code == "LY002" || pg.Code == "LY003") {
-			return nil, fmt.Errorf("register agent %s: %w: %s", a.ID, ErrInUse, pg.Message)
+		if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
+			switch pg.Code {
+			case "LY001":
+				return nil, fmt.Errorf("register agent %s: %w", a.ID, ErrReplaced)
+			case "LY002", "LY003":
+				return nil, fmt.Errorf("register agent %s: %w: %s", a.ID, ErrInUse, pg.Message)
+			}
 		}
 		return nil, fmt.Errorf("register agent %s: %w", a.ID, err)
 	}

@@ -43,8 +43,14 @@ func newReal(t *testing.T, db *storetest.DB, user, dataset string, n int) *real 
 // agent is a process of an agent; boots and nonces are small numbers as text.
 func (r *real) agent(name, boot string) store.Agent {
 	a := agent(r.agents[name], 0)
-	a.Boot, a.Instance = r.uuid(boot), home(name)
+	a.Boot, a.Instance, a.Generation = r.uuid(boot), home(name), int64(generation(boot))
 	return a
+}
+
+// generation is that of a process, which its boot counts too.
+func generation(boot string) (n int) {
+	fmt.Sscan(boot, &n)
+	return n
 }
 
 // home is an agent's data directory.
@@ -290,6 +296,9 @@ func TestTheDatabaseDoesWhatTheProtocolSays(t *testing.T) {
 		billed := false
 		apply := func(e proto.Event) {
 			events++
+			if e.Do == proto.Register {
+				e.Generation = generation(e.Boot)
+			}
 			name := e.Agent
 			if cur, _ := want.Current(); name == "" {
 				name = cur.Agent
@@ -418,6 +427,9 @@ func TestTheDatabaseDoesWhatTheProtocolSays(t *testing.T) {
 					boot[name] += 2
 				}
 				e := proto.Event{Do: proto.Register, Agent: name, Boot: fmt.Sprint(boot[name]), Instance: home(name)}
+				if boot[name] > 2 && rapid.IntRange(0, 5).Draw(rt, "late, of the process before") == 0 {
+					e.Boot = fmt.Sprint(boot[name] - 2)
+				}
 				if rapid.IntRange(0, 5).Draw(rt, "another host") == 0 {
 					e.Instance = "elsewhere"
 				}

@@ -9,6 +9,7 @@
 -- heir; another one under the same id is a mistake while the lease lasts.
 ALTER TABLE lorayard.agents
   ADD COLUMN IF NOT EXISTS instance      text NOT NULL DEFAULT '',
+  ADD COLUMN IF NOT EXISTS generation    bigint NOT NULL DEFAULT 0,   -- counts the processes on that directory
   ADD COLUMN IF NOT EXISTS labels        jsonb NOT NULL DEFAULT '{}',
   ADD COLUMN IF NOT EXISTS cordon_reason text NOT NULL DEFAULT '',
   ADD COLUMN IF NOT EXISTS drain_by      timestamptz;  -- an operator's drain: attempts have left by then
@@ -103,7 +104,9 @@ END $$;
 -- A process registers as the one that runs an agent. What an earlier process of
 -- this agent ran goes on when this one lists it with the right nonce
 -- (p_adopt), and is lost otherwise. The answer lists what goes on.
---   LY002: the id is in use on another host; LY003: a device is.
+--   LY001: a later process of the same data directory is there, this is a
+--   registration that was long under way; LY002: the id is in use on another
+--   host; LY003: a device is.
 DROP FUNCTION IF EXISTS lorayard.register_agent(text, uuid, jsonb, interval);
 CREATE OR REPLACE FUNCTION lorayard.register_agent(p_agent text, p_boot uuid, p_info jsonb, p_ttl interval, p_adopt jsonb)
 RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
@@ -111,6 +114,7 @@ DECLARE
   r          record;
   v_now      timestamptz := pg_catalog.clock_timestamp();
   v_instance text := coalesce(p_info ->> 'instance', '');
+  v_generation bigint := coalesce((p_info ->> 'generation')::bigint, 0);
   v_kept     jsonb := '[]';
 BEGIN
   SELECT a.hostname, a.lease_until INTO r FROM lorayard.agents a
@@ -118,16 +122,21 @@ BEGIN
   IF FOUND THEN
     RAISE EXCEPTION 'agent id % is in use on host %, which holds its lease', p_agent, r.hostname USING ERRCODE = 'LY002';
   END IF;
+  PERFORM 1 FROM lorayard.agents a
+  WHERE a.id = p_agent AND a.instance = v_instance AND a.generation > v_generation FOR UPDATE;
+  IF FOUND THEN
+    RAISE EXCEPTION 'agent % is run by a later process now', p_agent USING ERRCODE = 'LY001';
+  END IF;
   SELECT d.uuid, a.id INTO r FROM lorayard.devices d JOIN lorayard.agents a ON a.id = d.agent_id
   WHERE a.id <> p_agent AND a.lease_until > v_now
     AND d.uuid IN (SELECT x ->> 'uuid' FROM pg_catalog.jsonb_array_elements(p_info -> 'devices') x) LIMIT 1;
   IF FOUND THEN
     RAISE EXCEPTION 'device % is run by agent %, which holds its lease', r.uuid, r.id USING ERRCODE = 'LY003';
   END IF;
-  INSERT INTO lorayard.agents AS a (id, boot, instance, hostname, version, base_models, labels, lease_until)
-  VALUES (p_agent, p_boot, v_instance, coalesce(p_info ->> 'hostname', ''), coalesce(p_info ->> 'version', ''),
+  INSERT INTO lorayard.agents AS a (id, boot, instance, generation, hostname, version, base_models, labels, lease_until)
+  VALUES (p_agent, p_boot, v_instance, v_generation, coalesce(p_info ->> 'hostname', ''), coalesce(p_info ->> 'version', ''),
     ARRAY(SELECT pg_catalog.jsonb_array_elements_text(p_info -> 'base_models')), coalesce(p_info -> 'labels', '{}'), v_now + p_ttl)
-  ON CONFLICT (id) DO UPDATE SET boot = excluded.boot, instance = excluded.instance, hostname = excluded.hostname,
+  ON CONFLICT (id) DO UPDATE SET boot = excluded.boot, instance = excluded.instance, generation = excluded.generation, hostname = excluded.hostname,
     version = excluded.version, base_models = excluded.base_models, labels = excluded.labels, draining = false, drain_by = NULL,
     lease_until = greatest(a.lease_until, excluded.lease_until), registered_at = v_now;
   DELETE FROM lorayard.devices d

@@ -47,6 +47,9 @@ const (
 	mostFailures = 12
 	// longest is the longest pause between two tries.
 	longest = time.Minute
+	// scratch are the files in Dir; nobody works at one for so long as stale.
+	scratch = "lorayard-dataset-*.jsonl"
+	stale   = 2 * time.Hour
 	// shown is how many errors the app's column holds.
 	shown = 10
 )
@@ -80,6 +83,7 @@ func (v *Vetter) signal() chan struct{} {
 
 // Run finds what is due and validates it until ctx ends.
 func (v *Vetter) Run(ctx context.Context) error {
+	v.sweep()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var sending sync.WaitGroup
@@ -88,6 +92,21 @@ func (v *Vetter) Run(ctx context.Context) error {
 	err := queue.ServeChecks(ctx, queue.Checker{URL: v.RedisURL, Side: side, Log: v.Log, Validate: v.Validate})
 	stop()
 	return err
+}
+
+// sweep removes what dispatchers that were killed left in Dir. Others may be at
+// work in it, but at nothing so old.
+func (v *Vetter) sweep() {
+	dir := v.Dir
+	if dir == "" {
+		dir = os.TempDir()
+	}
+	left, _ := filepath.Glob(filepath.Join(dir, scratch)) // the pattern is good
+	for _, name := range left {
+		if fi, err := os.Lstat(name); err == nil && fi.Mode().IsRegular() && time.Since(fi.ModTime()) > stale {
+			_ = os.Remove(name)
+		}
+	}
 }
 
 func (v *Vetter) send(ctx context.Context) {
@@ -222,7 +241,7 @@ func (v *Vetter) keep(ctx context.Context, try store.Validation, stop context.Ca
 
 // read validates the file and stores the normalised one.
 func (v *Vetter) read(ctx context.Context, try store.Validation) (store.Verdict, error) {
-	out, err := os.CreateTemp(v.Dir, "lorayard-dataset-*.jsonl")
+	out, err := os.CreateTemp(v.Dir, scratch)
 	if err != nil {
 		return store.Verdict{}, fmt.Errorf("make room for the normalised file: %w", err)
 	}
@@ -246,7 +265,7 @@ func (v *Vetter) read(ctx context.Context, try store.Validation) (store.Verdict,
 		Path: fmt.Sprintf("%s/%s/normalised-%s.jsonl", try.User, try.Dataset, report.Normalised.SHA256),
 	}
 	// The same file under the same key is a success: another try stored it.
-	_, err = v.Storage.Upload(ctx, bucket, verdict.File.Path, filepath.Clean(out.Name()), storage.Options{ContentType: "application/jsonl", SHA256: verdict.File.SHA256})
+	_, err = v.Storage.Upload(ctx, bucket, verdict.File.Path, out.Name(), storage.Options{ContentType: "application/jsonl", SHA256: verdict.File.SHA256})
 	return verdict, err
 }
 

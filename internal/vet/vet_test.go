@@ -61,6 +61,12 @@ func start(t *testing.T, notified bool) *world {
 	q, err := queue.Dial(redis.URL())
 	w.must(err)
 
+	// A dispatcher was killed here, and another one is at work.
+	for name, age := range map[string]time.Duration{"lorayard-dataset-1.jsonl": 3 * time.Hour, "lorayard-dataset-2.jsonl": 0} {
+		name = filepath.Join(w.dir, name)
+		w.must(os.WriteFile(name, nil, 0o600))
+		w.must(os.Chtimes(name, time.Now(), time.Now().Add(-age)))
+	}
 	v := &vet.Vetter{Store: w.db.Store, Storage: w.s, Queue: q, RedisURL: redis.URL(), Dir: w.dir, Metrics: metrics.NewDispatcher(), Log: slog.New(slog.DiscardHandler)}
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -166,7 +172,7 @@ func TestAGoodFileIsReadyWithinASecond(t *testing.T) {
 	if err != nil || obj.SHA256 != sum {
 		t.Errorf("%+v, %v", obj, err)
 	}
-	if left, err := os.ReadDir(w.dir); err != nil || len(left) != 0 {
+	if left, err := os.ReadDir(w.dir); err != nil || len(left) != 1 || left[0].Name() != "lorayard-dataset-2.jsonl" {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
 	// Validating the same again stores nothing new and is no error.

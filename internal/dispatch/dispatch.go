@@ -264,8 +264,8 @@ func (d *Dispatcher) heed(payload string) {
 			d.Datasets()
 		}
 		return
-	case "validated": // for whoever waits for it; no job does
-		return
+	case "validated": // jobs may have waited for the verdict
+		d.news.Store(true)
 	case "settled": // devices are free; nothing else is new
 	case "agent":
 		d.stale.Store(true)

@@ -45,6 +45,7 @@ func TestADataSetIsValidatedAndTrainedOn(t *testing.T) {
 	s.must(err)
 	s.confirm(user, good)
 	s.confirm(user, bad)
+	id := s.insert(user, good, nil) // without waiting for the verdict
 	s.until("two verdicts", `SELECT count(*) = 2 FROM datasets WHERE status IN ('ready', 'error')`)
 	if got := s.text(`SELECT concat_ws(' ', status, training_ready, total_training_pairs + total_validation_pairs) FROM datasets WHERE id = $1`, good); got != "ready t 20" {
 		t.Errorf("the good one: %s", got)
@@ -52,12 +53,14 @@ func TestADataSetIsValidatedAndTrainedOn(t *testing.T) {
 	if got := s.text(`SELECT concat_ws(' ', status, training_ready, validation_errors -> 0 ->> 'line') FROM datasets WHERE id = $1`, bad); got != "error f 2" {
 		t.Errorf("the bad one: %s", got)
 	}
-	if got := s.text(`SELECT string_agg(type, ',' ORDER BY type) FROM notifications WHERE user_id = $1`, user); got != "dataset_error,dataset_ready" {
+	if got := s.text(`SELECT string_agg(type, ',' ORDER BY type) FROM notifications WHERE user_id = $1 AND type LIKE 'dataset%'`, user); got != "dataset_error,dataset_ready" {
 		t.Errorf("notifications: %s", got)
 	}
 
-	id := s.insert(user, good, nil)
 	s.status(id, "completed")
+	if got := s.text(`SELECT j.admitted_at >= d.validated_at FROM lorayard.jobs j, datasets d WHERE j.job_id = $1 AND d.id = $2`, id, good); got != "t" {
+		t.Error("the job was admitted before its data set was")
+	}
 	s.until("the trainer's file is the normalised one", `SELECT EXISTS (SELECT 1 FROM job_logs l, lorayard.validations v
 		WHERE l.job_id = $1 AND v.dataset_id = $2 AND l.message LIKE 'downloaded data set%' || v.sha256 || '%')`, id, good)
 	refused := s.insert(user, bad, nil)

@@ -193,3 +193,25 @@ func TestAnAttemptTrainsOnTheNormalisedFile(t *testing.T) {
 		t.Errorf("a stale attempt: %v", err)
 	}
 }
+
+func TestAJobWaitsForTheVerdictOnItsDataSet(t *testing.T) {
+	db := storetest.New(t)
+	user := db.User()
+	set := uploaded(db, user)
+	id := db.Job(user, set)
+	rows := func(want int) {
+		t.Helper()
+		for _, only := range [][]job.ID{nil, {job.ID(id)}} {
+			if got, err := db.Store.Unadmitted(t.Context(), 10, only); err != nil || len(got) != want {
+				t.Errorf("%d rows: %v", len(got), err)
+			}
+		}
+	}
+	rows(0)
+	db.Exec(`UPDATE datasets SET deleted_at = now()`) // nobody validates it any more
+	rows(1)
+	db.Exec(`UPDATE datasets SET deleted_at = NULL`)
+	due(t, db)
+	finish(t, db, begin(t, db, set, true), good("x"), true)
+	rows(1)
+}

@@ -30,10 +30,12 @@ const unadmitted = `
 	FROM %s, LATERAL (SELECT x.user_id, x.deleted_at, x.status FROM public.datasets x WHERE x.id = t.dataset_id OFFSET 0) d
 	WHERE t.status = 'queued' AND t.external_job_id IS NULL
 	  AND (SELECT j.job_id FROM lorayard.jobs j WHERE j.job_id = t.id) IS NULL
+	  AND (d.status <> 'validating' OR d.deleted_at IS NOT NULL)
 	ORDER BY t.created_at, t.id LIMIT $1`
 
-// Unadmitted returns up to n rows that the app inserted and nobody looked at;
-// with only, those among them. All of them cost a look at every row that waits.
+// Unadmitted returns up to n rows that the app inserted and nobody looked at,
+// but those whose data set is being validated: that ends with a verdict. With only,
+// those among them. All of them cost a look at every row that waits.
 func (s *Store) Unadmitted(ctx context.Context, n int, only []job.ID) ([]Row, error) {
 	query, args := among(unadmitted, "public.training_jobs", "id", "t", only, n)
 	rows, err := s.pool.Query(ctx, query, args...)

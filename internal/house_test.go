@@ -45,7 +45,7 @@ var uses = map[string]string{
 	"fleet":             "agent attempt dispatch gpu job metrics place queue store",
 	"queue/queuebench":  "job queue",
 	// Measures the whole; only joins what others made.
-	"cmd/bench": "daemon devstack devstack/services dispatch fleet job queue/queuebench store storetest",
+	"cmd/bench": "daemon dataset devstack devstack/services dispatch fleet job queue/queuebench store storetest",
 	// The real dispatcher and agent on fakes; the fake database is proto's.
 	"sim": "agent attempt cost dispatch gpu job metrics place proto queue store",
 }
@@ -63,7 +63,7 @@ var owner = map[string]string{
 	"github.com/golang-jwt/jwt":                "auth storage/local devstack",
 	"github.com/MicahParks":                    "auth",
 	"github.com/go-json-experiment/json":       "dataset",
-	"os/exec":                                  "proc devstack devstack/services cmd/devstack",
+	"os/exec":                                  "proc devstack devstack/services cmd/devstack cmd/bench",
 }
 
 type pkg struct {

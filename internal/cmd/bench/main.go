@@ -57,6 +57,7 @@ var benches = []bench{
 	{"throughput", "jobs through the whole path with work that does nothing", false, throughput},
 	{"idle", "what a thousand agents without work cost", false, idle},
 	{"queued", "a real dispatcher with 10,000 jobs queued", true, queued},
+	{"datasets", "the validation of data sets", true, datasets},
 	{"trace", "Kueue's fleet trace on the real control plane", false, trace},
 }
 

@@ -67,6 +67,13 @@ func judge(path, normalised string) (r *dataset.Report, err error) {
 	if normalised == "" {
 		return dataset.Validate(f, dataset.Options{})
 	}
+	in, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if fi, err := os.Stat(normalised); err == nil && os.SameFile(in, fi) {
+		return nil, errors.New("--normalised names the data file itself, which would be lost")
+	}
 	out, err := os.Create(normalised)
 	if err != nil {
 		return nil, err

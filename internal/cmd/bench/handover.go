@@ -18,15 +18,15 @@ import (
 // an idle fleet. The baselines are Asynq alone, from a send to its handler:
 // without a row, an admission, a placement or a fence.
 func handover(ctx context.Context, g *ground, o options) (_ queuebench.Table, err error) {
-	samples, stockAgents, stockEach := 400, 40, 5
+	samples, warm, stockAgents, stockEach := 400, 10, 40, 5
 	if o.quick {
-		samples, stockAgents, stockEach = 10, 4, 1
+		samples, warm, stockAgents, stockEach = 4, 1, 2, 1
 	}
 	slow, err := queuebench.Stock(ctx, g.redis.URL(), 0, stockAgents, stockEach)
 	if err != nil {
 		return queuebench.Table{}, err
 	}
-	quick, err := queuebench.Stock(ctx, g.redis.URL(), 50*time.Millisecond, 4, samples/4)
+	quick, err := queuebench.Stock(ctx, g.redis.URL(), 50*time.Millisecond, 4, (samples+3)/4)
 	if err != nil {
 		return queuebench.Table{}, err
 	}
@@ -51,7 +51,7 @@ func handover(ctx context.Context, g *ground, o options) (_ queuebench.Table, er
 
 	var whole []time.Duration
 	var steps [5][]time.Duration // insert and commit, admit, assign, accept, hear
-	for n := range samples + 10 {
+	for n := range samples + warm {
 		if err := sleep(ctx, 30*time.Millisecond+rand.N(50*time.Millisecond)); err != nil {
 			return queuebench.Table{}, err
 		}
@@ -64,7 +64,7 @@ func handover(ctx context.Context, g *ground, o options) (_ queuebench.Table, er
 		if err != nil {
 			return queuebench.Table{}, err
 		}
-		if n < 10 { // warms everything up
+		if n < warm { // warms everything up
 			continue
 		}
 		var admitted, assigned, accepted time.Time

@@ -46,9 +46,11 @@ type Shipper struct {
 	turn     chan struct{} // held by whoever carries: Run and a flush beside it
 }
 
-// interval is how long a batch may gather: the app's page polls every 5 s, a
-// person at the terminal wants to see steps.
-const interval = 500 * time.Millisecond
+// interval is the time between batches, and what a sample may be behind. Each
+// batch may change the job's row, once: Realtime authorises a change once for
+// each subscriber, in one thread, so that more often would be unkind to the
+// project.
+const interval = time.Second
 
 // most is the largest batch; 200 rows are written as fast as 1,000 a row.
 const most = 500
@@ -133,13 +135,14 @@ func (s *Shipper) Run(ctx context.Context) error {
 			return nil
 		case <-s.poke:
 		}
-		if err := s.carry(ctx, all); err != nil {
+		next := time.After(interval)
+		if err := s.carry(ctx, s.spool.Last()); err != nil {
 			return err
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(interval):
+		case <-next:
 		}
 	}
 }
@@ -162,12 +165,9 @@ func (s *Shipper) pending() int {
 	return n
 }
 
-// all is beyond every record: carry until nothing is left.
-const all = math.MaxUint64
-
-// carry writes until the spool is empty, or the record upto and the newest
-// progress are written. It waits for a database that is away with growing,
-// jittered pauses.
+// carry writes the spool up to the record upto, and the newest progress once:
+// what comes meanwhile is for the next time. It waits for a database that is
+// away with growing, jittered pauses.
 func (s *Shipper) carry(ctx context.Context, upto uint64) error {
 	select {
 	case s.turn <- struct{}{}:
@@ -176,15 +176,19 @@ func (s *Shipper) carry(ctx context.Context, upto uint64) error {
 		return nil
 	}
 	wait := 200 * time.Millisecond
+	shown := false
 	for {
-		if s.spool.Acked() >= upto && !s.shows() {
+		if s.spool.Acked() >= upto && (shown || !s.shows()) {
 			return nil
 		}
 		recs, err := s.spool.Read(s.spool.Acked(), most)
 		if err != nil {
 			return fmt.Errorf("read the spool of %s: %w", s.ref, err)
 		}
-		p := s.takeProgress()
+		var p *job.Progress
+		if !shown {
+			p = s.takeProgress()
+		}
 		if len(recs) == 0 && p == nil {
 			return nil
 		}
@@ -193,6 +197,7 @@ func (s *Shipper) carry(ctx context.Context, upto uint64) error {
 		switch {
 		case err == nil:
 			wait = 200 * time.Millisecond
+			shown = shown || p != nil
 			continue
 		case job.KindOf(err) == job.LeaseLost:
 			return err

@@ -195,7 +195,7 @@ func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 }
 
 // gather bounds the pause after a round that gave jobs to agents.
-const gather = 50 * time.Millisecond
+const gather = 10 * time.Millisecond
 
 // nextFull is when everything is to be looked at again: Poll after the last
 // time, or as soon as a silent agent may be judged.

@@ -123,4 +123,4 @@ BEGIN
   END IF;
 END $$;
 
-REVOKE ALL ON FUNCTION lorayard.refuse(uuid, text), lorayard.guard_agent_login(), lorayard.guard_dataset_path() FROM PUBLIC;
+REVOKE ALL ON FUNCTION lorayard.refuse(uuid, text), lorayard.settle_cancelled(), lorayard.guard_agent_login(), lorayard.guard_dataset_path() FROM PUBLIC;

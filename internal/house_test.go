@@ -45,7 +45,7 @@ var uses = map[string]string{
 	"fleet":             "agent attempt dispatch gpu job metrics place queue store",
 	"queue/queuebench":  "job queue",
 	// Measures the whole; only joins what others made.
-	"cmd/bench": "daemon dataset devstack devstack/services dispatch fleet job queue/queuebench store storetest",
+	"cmd/bench": "daemon dataset devstack devstack/services dispatch fleet job queue/queuebench storage storage/local store storetest",
 	// The real dispatcher and agent on fakes; the fake database is proto's.
 	"sim": "agent attempt cost dispatch gpu job metrics place proto queue store",
 }

@@ -14,7 +14,7 @@ import (
 // nobody's business. What starts real processes is left to `make bench`.
 func TestTheTablesAreMadeAndTheInvariantsHold(t *testing.T) {
 	var out bytes.Buffer
-	err := run(t.Context(), []string{"--quick", "--only", "throughput,handover,trace", "--profile", t.TempDir()}, &out)
+	err := run(t.Context(), []string{"--quick", "--only", "throughput,handover,storage,trace", "--profile", t.TempDir()}, &out)
 	if errors.Is(err, services.ErrMissing) && os.Getenv("CI") != "true" {
 		t.Skip(err)
 	}

@@ -58,6 +58,7 @@ var benches = []bench{
 	{"idle", "what a thousand agents without work cost", false, idle},
 	{"queued", "a real dispatcher with 10,000 jobs queued", true, queued},
 	{"datasets", "the validation of data sets", true, datasets},
+	{"storage", "uploads and downloads beside curl", false, storages},
 	{"trace", "Kueue's fleet trace on the real control plane", false, trace},
 }
 

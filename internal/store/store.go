@@ -5,6 +5,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,6 +45,9 @@ type Options struct {
 	// Session is the URL for LISTEN and locks when URL is a transaction
 	// pooler; empty means the same URL.
 	Session string
+	// CallLimit ends a call that has no earlier deadline; 0 means 20 s, a little
+	// more than the database's own limit for a statement.
+	CallLimit time.Duration
 }
 
 // Open connects and proves that the database answers.
@@ -61,6 +65,7 @@ func Open(ctx context.Context, rawURL string, o Options) (*Store, error) {
 	cfg.MaxConnIdleTime = 5 * time.Minute
 	cfg.PingTimeout = idlePing
 	configure(cfg.ConnConfig, o.Name)
+	cfg.ConnConfig.Tracer = limited(cmp.Or(o.CallLimit, callLimit))
 
 	session := cfg.ConnConfig.Copy()
 	if o.Session != "" {
@@ -116,6 +121,48 @@ func configure(c *pgx.ConnConfig, name string) {
 		c.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
 	}
 }
+
+// callLimit is longer than a statement may take: an answer that is not there by
+// then never comes.
+const callLimit = 20 * time.Second
+
+// limited gives every call a deadline. A proxy or a NAT that forgot a connection
+// may acknowledge what is sent to it for ever and answer nothing, so that the
+// kernel sees no fault; a caller without a deadline of its own would wait as
+// long. pgx asks its tracer for the context of each call.
+type limited time.Duration
+
+type cancelKey struct{}
+
+func (l limited) begin(ctx context.Context) context.Context {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(l))
+	return context.WithValue(ctx, cancelKey{}, cancel)
+}
+
+func (l limited) end(ctx context.Context) {
+	if cancel, ok := ctx.Value(cancelKey{}).(context.CancelFunc); ok {
+		cancel()
+	}
+}
+
+// TraceQueryStart and the three after it are pgx's.
+func (l limited) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return l.begin(ctx)
+}
+
+// TraceQueryEnd is called when the rows are closed.
+func (l limited) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryEndData) { l.end(ctx) }
+
+// TraceBatchStart is the like for a batch.
+func (l limited) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	return l.begin(ctx)
+}
+
+// TraceBatchQuery is told of each query of a batch.
+func (l limited) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+
+// TraceBatchEnd is called when the results are closed.
+func (l limited) TraceBatchEnd(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchEndData) { l.end(ctx) }
 
 // keepAlive finds a peer that went away without a word within about 25 s on a
 // connection that nobody writes to, such as the one that listens.

@@ -279,6 +279,42 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 	storetest.Check(t, db.Pool)
 }
 
+// A connection that somebody on the way forgot takes what is sent and answers
+// nothing. No call waits for ever on it, also one without a deadline of its own.
+func TestACallOnASilentConnectionEnds(t *testing.T) {
+	db := storetest.New(t)
+	host := db.Pool.Config().ConnConfig
+	wire, err := services.Proxy(fmt.Sprintf("%s:%d", host.Host, host.Port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer wire.Close()
+	st, err := store.Open(t.Context(), strings.Replace(db.URL, fmt.Sprintf("%s:%d", host.Host, host.Port), wire.Addr(), 1), store.Options{Name: "silent", CallLimit: 300 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	calls := map[string]func() error{
+		"a query": func() error { _, err := st.Depths(context.Background()); return err },
+		"a batch": func() error { _, err := st.Assign(context.Background(), nil); return err },
+		"an exec": func() error { return st.SweepGrants(context.Background()) },
+	}
+	for name, call := range calls {
+		if err := call(); err != nil { // on a connection that works
+			t.Fatalf("%s: %v", name, err)
+		}
+		if err := wire.Blackhole(); err != nil {
+			t.Fatal(err)
+		}
+		if err := call(); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s in a black hole: %v", name, err)
+		}
+		if err := wire.Pass(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Whoever leaves does not wait for a network that does not answer.
 func TestClosingDoesNotWaitForSilentConnections(t *testing.T) {
 	db := storetest.New(t)

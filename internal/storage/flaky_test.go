@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -563,4 +564,47 @@ func TestAnotherProcessGoesOnWithAnUpload(t *testing.T) {
 	if _, err := e.client.Download(t.Context(), e.bucket, "big", to, sum); err != nil {
 		t.Error(err)
 	}
+}
+
+func TestAFullDiskEndsADownloadAndLeavesNothing(t *testing.T) {
+	e := withBucket(t)
+	upload(t, e, "big", 3<<20)
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Skipf("a small disk cannot be mounted here: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	m := startMeddler(t, e.url, func(*http.Response) error { return nil })
+	_, err := open(t, storage.Config{URL: m.url, Key: e.key}).Download(t.Context(), e.bucket, "big", filepath.Join(dir, "back"), "")
+	var se *storage.Error
+	if !errors.Is(err, syscall.ENOSPC) || !errors.As(err, &se) || se.Retryable() {
+		t.Errorf("err = %v", err)
+	}
+	if n := m.count(http.MethodGet); n != 1 {
+		t.Errorf("a full disk was tried %d times", n)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left on the disk: %v, %v", left, err)
+	}
+}
+
+func FuzzCheckKey(f *testing.F) {
+	for _, seed := range []string{"", "a", "a/b.c", "../x", "a//b", "a/../b", "a/./b", "/a", "a/", "ä", "a#b", "a%2e%2e", strings.Repeat("a", 1025)} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, key string) {
+		if storage.CheckKey(key) != nil {
+			return
+		}
+		// What passes is the same key to every URL parser, and stays below its bucket.
+		u, err := url.Parse("http://h/object/b/" + strings.ReplaceAll(url.PathEscape(key), "%2F", "/"))
+		if err != nil || u.Path != "/object/b/"+key || u.JoinPath().Path != u.Path {
+			t.Errorf("key %q becomes %v, %v", key, u, err)
+		}
+	})
 }

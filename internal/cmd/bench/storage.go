@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,7 +28,7 @@ const storageKey = "key-of-the-benchmark"
 // storages compares our transfers with curl's, against the local store: what the
 // client costs, not what a network gives. Digests are part of ours.
 func storages(ctx context.Context, _ *ground, o options) (_ queuebench.Table, err error) {
-	large, small := int64(512<<20), 20
+	large, small := int64(1<<30), 20
 	if o.quick {
 		large, small = 24<<20, 3
 	}
@@ -70,6 +72,13 @@ func storages(ctx context.Context, _ *ground, o options) (_ queuebench.Table, er
 	if err != nil {
 		return queuebench.Table{}, err
 	}
+	if _, err := s.up(big)(ctx); err != nil { // and the files are in the page cache
+		return queuebench.Table{}, err
+	}
+	memory, err := peak(func() error { _, err := s.up(big)(ctx); return err })
+	if err != nil {
+		return queuebench.Table{}, err
+	}
 	parts, err := s.compare(ctx, times, s.up(big), s.curlUp(big))
 	if err != nil {
 		return queuebench.Table{}, err
@@ -99,9 +108,44 @@ func storages(ctx context.Context, _ *ground, o options) (_ queuebench.Table, er
 		row("upload of 6 MiB in one request", storage.ChunkBytes, whole, "≥ 0.95 of curl", 0.95),
 		row(fmt.Sprintf("upload of %d MiB in parts of 6 MiB, each where it left off", large>>20), large, parts, "", 0),
 		row(fmt.Sprintf("download of %d MiB", large>>20), large, down, "≥ 0.95 of curl", 0.95),
+		goal{what: "resident memory at most during that upload, of client and store", ours: fmt.Sprintf("%d MiB more than before", memory>>20)},
 	)
 	t.Figures["upload_seconds"], t.Figures["download_seconds"] = parts[0].Seconds(), down[0].Seconds()
 	return t, nil
+}
+
+// peak is by how many bytes of resident memory this process grew at most while f
+// ran.
+func peak(f func() error) (int64, error) {
+	runtime.GC()
+	debug.FreeOSMemory()
+	if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0); err != nil { // the peak begins anew
+		return 0, err
+	}
+	before, err := resident()
+	if err != nil {
+		return 0, err
+	}
+	if err := f(); err != nil {
+		return 0, err
+	}
+	after, err := resident()
+	return after - before, err
+}
+
+// resident is the peak of this process's resident memory, in bytes.
+func resident() (int64, error) {
+	raw, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(raw)) {
+		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kb, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(v), " kB"), 10, 64)
+			return kb << 10, err
+		}
+	}
+	return 0, errors.New("/proc/self/status has no VmHWM")
 }
 
 // shop is a store with objects, and the files that they are made of.

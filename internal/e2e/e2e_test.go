@@ -455,7 +455,7 @@ func TestBadDataFilesFailInWords(t *testing.T) {
 	jobs := map[string]string{} // id → words
 	for content, words := range map[string]string{
 		"":                                      "the file is empty",
-		"\xff\xfe\x00":                          "not text in UTF-8",
+		"\xff\xfe\x00":                          "not JSON Lines in UTF-8",
 		strings.Repeat(oneTalk, 12) + "{oops\n": "line 13 is not JSON",
 		`{"messages":[{"role":"user","content":"x"}]}` + "\n": "no assistant text",
 	} {

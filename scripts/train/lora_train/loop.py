@@ -14,18 +14,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from lora_train import checkpoint, data, export, model, schedule
+from lora_train import checkpoint, data, export, model, packing, schedule
 from lora_train.failure import Failure
 from lora_train.render import Renderer, Sequence
 from lora_train.session import Session
 from lora_train.stop import Preempted
 
 CLIP = 1.0  # of the gradient's norm
-BUDGET = 8192  # padded tokens in a micro-batch
+BUDGET = 8192  # tokens in a micro-batch
 MOST_SKIPPED = 3  # steps in a row that were not finite
 MOST_DROPPED = 0.05  # share of examples that may be too long
 SAMPLES = 3
@@ -119,6 +118,9 @@ class _Trainer:
             self.parameters.values(), lr=0.0, weight_decay=self.h.weight_decay
         )
         self._resume()
+        self.forward = packing.Forward(self.model, self.plan.device)
+        if why := self.forward.use_packing(self.train_set):
+            self.emit.log("warn", f"sequences are padded, not packed: {why}", "varlen_fallback")
         self.emit.send(
             "plan",
             total_steps=self.total,
@@ -210,13 +212,16 @@ class _Trainer:
         torch.manual_seed(schedule.step_seed(self.h.seed, step))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for group in schedule.micro_batches([len(s.tokens) for s in batch], BUDGET):
+        total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
+        for group in self.forward.groups([len(s.tokens) for s in batch], BUDGET):
             self.stop.check()
-            part = self._nll([batch[i] for i in group]) / loss_tokens
+            part = self.forward.nll([batch[i] for i in group]) / loss_tokens
             part.backward()
-            loss += part.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP).item()
+            total += part.detach()
+            self.emit.alive()
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+        # The only place in a step where the host waits for the device.
+        loss, norm = torch.stack([total, clipped.double()]).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             for settings in self.optimizer.param_groups:
@@ -251,26 +256,6 @@ class _Trainer:
         self.emit.step_now = step
         self.emit.alive()
 
-    def _nll(self, batch: list[Sequence]) -> torch.Tensor:
-        """Summed negative log likelihood of the trained tokens, in nats."""
-        width = max(len(s.tokens) for s in batch)
-        tokens = torch.zeros(len(batch), width, dtype=torch.long)
-        labels = torch.full((len(batch), width), -100, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, s in enumerate(batch):
-            ids = torch.tensor(s.tokens)
-            tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = 1
-            labels[row, : len(ids)] = torch.where(torch.tensor(s.trained), ids, -100)
-        device = self.plan.device
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            logits = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
-        # The head's output is only needed where something is predicted.
-        wanted = labels[:, 1:].reshape(-1)
-        keep = (wanted != -100).nonzero().squeeze(1)
-        picked = logits[:, :-1].reshape(-1, logits.shape[-1])[keep.to(device)]
-        return F.cross_entropy(picked.float(), wanted[keep].to(device), reduction="sum")
-
     def _epoch(self) -> float:
         return round(self.state.step / self.per_epoch, 6)
 
@@ -279,9 +264,9 @@ class _Trainer:
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for group in schedule.micro_batches([len(s.tokens) for s in self.held_set], BUDGET):
+            for group in self.forward.groups([len(s.tokens) for s in self.held_set], BUDGET):
                 self.stop.check()
-                total += self._nll([self.held_set[i] for i in group]).item()
+                total += self.forward.nll([self.held_set[i] for i in group]).item()
                 count += sum(self.held_set[i].loss_tokens for i in group)
                 self.emit.alive()
         return total / count

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 
 
 def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
@@ -35,21 +34,3 @@ def step_seed(seed: int, step: int) -> int:
     """The random state in which a step begins: dropout follows from this alone."""
     digest = hashlib.sha256(f"step:{seed}:{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Positions grouped by length so that no padded group exceeds the budget in tokens.
-
-    A single example above the budget gets a group of its own. Within a group
-    padding stays below an eighth of the longest.
-    """
-    groups: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = groups and longest * (len(groups[-1]) + 1) <= budget
-        if fits and lengths[i] * 8 >= longest * 7:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            longest = lengths[i]
-    return groups

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,41 @@ class Run:
         """The digest of the final weights."""
         files = self.of("result")[0]["files"]
         return next(f["sha256"] for f in files if f["name"] == "adapter_model.safetensors")
+
+
+@dataclass
+class Played:
+    """A run within this process: its exit code and its events."""
+
+    code: int
+    events: list[dict[str, Any]]
+
+    def of(self, ev: str) -> list[dict[str, Any]]:
+        """The events of one kind."""
+        return [e for e in self.events if e["ev"] == ev]
+
+    def logs(self, code: str) -> list[str]:
+        """What was logged under a code."""
+        return [e["message"] for e in self.of("log") if e["code"] == code]
+
+    def losses(self) -> list[float]:
+        """The loss of every sample, in the order in which they came."""
+        return [float(e["loss"]) for e in self.of("sample")]
+
+
+def play(plan: dict[str, Any]) -> Played:
+    """Train in this process, where a test can put something wrong in the way."""
+    from lora_train import loop, session, wire
+    from lora_train import plan as plans
+    from lora_train.stop import Stop
+
+    one = plans.parse(plan)
+    one.run_dir.mkdir(parents=True)
+    path = one.run_dir / "events.jsonl"
+    emit = wire.Emitter(job=one.job, attempt=one.attempt, path=path)
+    code = session.perform(session.Session(one, emit, Stop()), loop.run)
+    emit.close()
+    return Played(code, [json.loads(line) for line in path.read_text().splitlines()])
 
 
 def at_step(step: int, number: signal.Signals) -> Callable[[Run, dict[str, Any]], None]:

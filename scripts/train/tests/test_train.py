@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, Run, at_step, make_plan
+from conftest import DEMO, Run, at_step, make_plan, play
 
 from lora_train import data, render
 
@@ -93,6 +93,24 @@ def test_a_flipped_byte_costs_one_checkpoint(reference: Run, model: Path, tmp_pa
     assert second.of("plan")[0]["start_step"] < first.of("exit")[0]["last_checkpoint_step"]
     assert any(e["code"] == "checkpoint_damaged" for e in second.of("log"))
     assert second.adapter() == reference.adapter()
+
+
+def test_the_budget_of_a_micro_batch_changes_no_loss(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hyper = {"dropout": 0.0, "epochs": 1}
+    whole = play(make_plan(tmp_path / "whole", DEMO, model, hyper=hyper))
+    monkeypatch.setattr("lora_train.loop.BUDGET", 200)
+    parts = play(make_plan(tmp_path / "parts", DEMO, model, hyper=hyper))
+    monkeypatch.setattr("lora_train.packing.carries", lambda _: "a test wants it so")
+    padded = play(make_plan(tmp_path / "padded", DEMO, model, hyper=hyper))
+    assert whole.code == parts.code == padded.code == 0
+    assert not whole.logs("varlen_fallback") and padded.logs("varlen_fallback")
+    assert parts.losses() == pytest.approx(whole.losses(), rel=1e-6)
+    assert padded.losses() == pytest.approx(whole.losses(), rel=1e-6)
+    validation = [[e["validation_loss"] for e in r.of("eval")] for r in (whole, parts, padded)]
+    assert validation[1] == pytest.approx(validation[0], rel=1e-6)
+    assert validation[2] == pytest.approx(validation[0], rel=1e-6)
 
 
 def test_bad_data_ends_with_its_code(model: Path, tmp_path: Path) -> None:

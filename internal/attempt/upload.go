@@ -55,6 +55,8 @@ func contentType(name string) string {
 	switch ext := filepath.Ext(name); ext {
 	case ".md", ".txt", ".jinja":
 		return "text/plain; charset=utf-8"
+	case ".jsonl":
+		return "application/x-ndjson"
 	default:
 		if t := mime.TypeByExtension(ext); t != "" {
 			return t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ def write(
     plan: Plan,
     model: torch.nn.Module,
     tokenizer: Any,  # noqa: ANN401
-    samples: list[str],
     report: dict[str, Any],
+    beside: Mapping[str, bytes],
 ) -> checkpoint.Saved:
-    """Write the adapter directory under the run directory."""
+    """Write the adapter directory under the run directory, with the files `beside` in it."""
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
@@ -31,11 +32,10 @@ def write(
     weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in sorted(state.items())}
     files = {
         "adapter_model.safetensors": save(weights, metadata={"format": "pt"}),
-        "adapter_config.json": _json(_config(plan, model)),
+        "adapter_config.json": as_json(_config(plan, model)),
         **_tokenizer_files(tokenizer),
-        "README.md": _card(plan, report).encode(),
-        "training_report.json": _json(report),
-        "training_samples.txt": "\n\n----\n\n".join(samples).encode(),
+        **beside,
+        "training_report.json": as_json(report),
     }
     return checkpoint.write(plan.run_dir / "adapter", report["steps"], files)
 
@@ -43,9 +43,27 @@ def write(
 def _config(plan: Plan, model: Any) -> dict[str, Any]:  # noqa: ANN401
     config = model.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = plan.base_model.name
-    config["target_modules"] = sorted(config["target_modules"])
+    config["target_modules"] = _short(model)
     config["inference_mode"] = True
+    # vLLM declares this an integer.
+    if float(config["lora_alpha"]).is_integer():
+        config["lora_alpha"] = int(config["lora_alpha"])
     return config
+
+
+def _short(model: torch.nn.Module) -> list[str]:
+    """The adapted modules by their last names, as servers want them.
+
+    peft may list every module with its whole path; LoRAX then finds none. Whole
+    paths stay where a last name would also mean a module without an adapter.
+    """
+    names = [n for n, _ in model.named_modules()]
+    adapted = {n.removesuffix(".lora_A") for n in names if n.endswith(".lora_A")}
+    short = {n.rsplit(".", 1)[-1] for n in adapted}
+    meant = {n for n in names if n.rsplit(".", 1)[-1] in short and ".base_layer" not in n}
+    if meant == adapted:
+        return sorted(short)
+    return sorted(n.removeprefix("base_model.model.") for n in adapted)
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:  # noqa: ANN401
@@ -54,33 +72,10 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:  # noqa: ANN401
         return {p.name: p.read_bytes() for p in sorted(Path(where).iterdir()) if p.is_file()}
 
 
-def _json(value: Any) -> bytes:  # noqa: ANN401
-    return (json.dumps(value, indent=2, default=_listed) + "\n").encode()
+def as_json(value: Any) -> bytes:  # noqa: ANN401
+    """The value as a file for people."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, default=_listed) + "\n").encode()
 
 
 def _listed(value: object) -> object:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
-
-
-def _card(plan: Plan, report: dict[str, Any]) -> str:
-    h = plan.hyperparameters
-    lines = [
-        "---",
-        f"base_model: {plan.base_model.name}",
-        "library_name: peft",
-        "---",
-        f"# LoRA adapter for {plan.base_model.name}",
-        "",
-        f"- rank {h.rank}, alpha {h.alpha:g}, dropout {h.dropout:g}, all linear layers",
-        f"- learning rate {h.learning_rate:g} (cosine), {h.batch_size} examples a step, "
-        f"{h.epochs} epochs, {report['steps']} steps",
-        f"- {report['examples']} training and {report['validation_examples']} validation examples, "
-        f"data sha256 {plan.data.sha256}",
-        f"- training loss {report['training_loss']}, validation loss {report['validation_loss']} "
-        f"(before training {report['base_validation_loss']})",
-        "",
-        "Loss is taken on the assistant's text alone; `training_samples.txt` shows three examples",
-        "as the model saw them, with « » around what was trained on.",
-        "",
-    ]
-    return "\n".join(lines)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from lora_train import checkpoint, data, export, model, packing, schedule
+from lora_train import checkpoint, curve, data, export, model, packing, report, schedule
 from lora_train.failure import Failure
+from lora_train.history import FILE, History
 from lora_train.render import Renderer, Sequence
-from lora_train.session import Session
+from lora_train.session import Session, library_versions
 from lora_train.stop import Preempted
 
 CLIP = 1.0  # of the gradient's norm
@@ -51,7 +52,6 @@ class _State:
     loss: float = math.nan
     validation_loss: float | None = None
     base_validation_loss: float | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)
 
 
 class _Trainer:
@@ -59,7 +59,8 @@ class _Trainer:
         self.session, self.plan = session, session.plan
         self.emit, self.stop, self.clock = session.emit, session.stop, session.clock
         self.h = self.plan.hyperparameters
-        self.state = _State()
+        self.state, self.history = _State(), History()
+        self.dropped: list[int] = []
         self.saved_step, self.saved_at = -1, self.clock.monotonic()
         if self.plan.threads:
             torch.set_num_threads(self.plan.threads)
@@ -94,6 +95,7 @@ class _Trainer:
                 dropped.append(e.line)
             else:
                 out.append(s)
+        self.dropped += dropped
         if dropped:
             lines = ", ".join(map(str, dropped[:10])) + (", ..." if len(dropped) > 10 else "")
             said = f"{len(dropped)} of {len(examples)} examples are longer than {longest} tokens"
@@ -152,7 +154,10 @@ class _Trainer:
         moments = load_tensors((found.path / "optimizer.safetensors").read_bytes())
         saved = json.loads((found.path / "state.json").read_text())
         updates = saved.pop("updates")
-        self.state = _State(**saved)
+        known = {f.name for f in fields(_State)}
+        self.state = _State(**{k: v for k, v in saved.items() if k in known})
+        if (metrics := found.path / FILE).is_file():
+            self.history = History(metrics.read_text())
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(adapter[name])
@@ -229,7 +234,7 @@ class _Trainer:
             self.optimizer.step()
         seconds = self.clock.monotonic() - began
         self._account(step, loss, finite, tokens, seconds)
-        self.emit.send(
+        self._tell(
             "sample",
             step=step,
             epoch=self._epoch(),
@@ -252,9 +257,13 @@ class _Trainer:
         st.skipped_in_a_row = 0 if finite else st.skipped_in_a_row + 1
         if finite:
             st.loss = loss
-            st.curve.append((step, loss))
         self.emit.step_now = step
         self.emit.alive()
+
+    def _tell(self, ev: str, **said: Any) -> None:  # noqa: ANN401
+        """Send a measurement and keep it for metrics.jsonl."""
+        self.history.add(ev, said)
+        self.emit.send(ev, **said)
 
     def _epoch(self) -> float:
         return round(self.state.step / self.per_epoch, 6)
@@ -274,7 +283,7 @@ class _Trainer:
     def _evaluate(self) -> None:
         loss = self._validation_loss()
         self.state.validation_loss = loss
-        self.emit.send(
+        self._tell(
             "eval",
             step=self.state.step,
             epoch=self._epoch(),
@@ -318,6 +327,7 @@ class _Trainer:
                 "adapter.safetensors": save_tensors(adapter),
                 "optimizer.safetensors": save_tensors(moments),
                 "state.json": json.dumps(state).encode(),
+                FILE: self.history.bytes(),
             },
             {"fingerprint": self._fingerprint()},
             self.stop.check_twice,
@@ -343,7 +353,7 @@ class _Trainer:
         """Write the adapter and say that all is done."""
         self.emit.stage("saving")
         st = self.state
-        report = {
+        outcome = {
             "steps": st.step,
             "epochs": self.h.epochs,
             "examples": len(self.train_set),
@@ -355,9 +365,9 @@ class _Trainer:
             "validation_loss": st.validation_loss,
             "base_validation_loss": st.base_validation_loss,
             "hyperparameters": asdict(self.h),
-            "curve": st.curve,
         }
-        saved = export.write(self.plan, self.model, self.tokenizer, self.samples, report)
+        beside = self._beside(outcome)
+        saved = export.write(self.plan, self.model, self.tokenizer, outcome, beside)
         self.emit.send(
             "result",
             path=saved.path,
@@ -372,6 +382,25 @@ class _Trainer:
             seconds=round(st.seconds, 6),
         )
         self.emit.stage("done")
+
+    def _beside(self, outcome: dict[str, Any]) -> dict[str, bytes]:
+        """What is told about the training beside its weights."""
+        svg, png = curve.draw(
+            self.history.points("sample", "loss"), self.history.points("eval", "validation_loss")
+        )
+        of_data = report.data_report(
+            self.plan, self.train_set, self.held_set, self.dropped, self.samples
+        )
+        fixed = {"optimizer": "adamw", "schedule": "cosine to a tenth", "clip_norm": CLIP}
+        settings = report.training_args(self.plan, library_versions(), fixed)
+        return {
+            "README.md": report.card(self.plan, outcome).encode(),
+            "training_args.json": export.as_json(settings),
+            "data_report.json": export.as_json(of_data),
+            FILE: self.history.bytes(),
+            "loss.svg": svg,
+            "loss.png": png,
+        }
 
 
 def _perplexity(loss: float) -> float:

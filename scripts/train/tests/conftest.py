@@ -91,6 +91,15 @@ class Run:
         """Loss by step, to the last bit."""
         return {e["step"]: float(e["loss"]).hex() for e in self.of("sample")}
 
+    def output(self, name: str) -> bytes:
+        """One file of the adapter."""
+        return (Path(self.of("result")[0]["path"]) / name).read_bytes()
+
+    def history(self) -> list[tuple[int, float]]:
+        """(step, loss) as metrics.jsonl has it."""
+        rows = [json.loads(line) for line in self.output("metrics.jsonl").splitlines()]
+        return [(r["step"], r["loss"]) for r in rows if r["ev"] == "sample"]
+
     def adapter(self) -> str:
         """The digest of the final weights."""
         files = self.of("result")[0]["files"]
@@ -145,25 +154,15 @@ def at_step(step: int, number: signal.Signals) -> Callable[[Run, dict[str, Any]]
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of a few thousand parameters with a tokenizer of its own."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from lora_train import demo_model
 
-    where = tmp_path_factory.mktemp("model")
-    made = where / "demo"
-    subprocess.run(
-        [sys.executable, "-m", "lora_train.demo_model", "--out", str(made), "--data", str(DEMO)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    assert demo_model.__doc__
-    # The same tokenizer on a much smaller model: the tests are about exactness.
-    tiny = where / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(made, local_files_only=True)
-    tokenizer.save_pretrained(tiny)
-    import torch
-
+    # The demo's tokenizer on a much smaller model: the tests are about exactness.
+    tiny = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = demo_model.make_tokenizer(demo_model.texts_of(DEMO))
+    tokenizer.save_pretrained(tiny, save_jinja_files=False)
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -177,3 +176,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(tiny)
     return tiny
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nobody disturbed."""
+    run = Run(make_plan(tmp_path_factory.mktemp("reference") / "run", DEMO, model))
+    assert run.finish() == 0, (run.dir / "stderr.txt").read_text()
+    return run

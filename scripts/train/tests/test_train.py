@@ -14,14 +14,6 @@ from conftest import DEMO, Run, at_step, make_plan, play
 from lora_train import data, render
 
 
-@pytest.fixture(scope="session")
-def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nobody disturbed."""
-    run = Run(make_plan(tmp_path_factory.mktemp("reference") / "run", DEMO, model))
-    assert run.finish() == 0, (run.dir / "stderr.txt").read_text()
-    return run
-
-
 def test_a_run_says_all_that_the_protocol_wants(reference: Run) -> None:
     steps = [e["step"] for e in reference.of("sample")]
     plan = reference.of("plan")[0]
@@ -63,6 +55,7 @@ def test_sigterm_saves_and_resumes_to_the_same_bits(
     assert first.of("exit")[0]["last_checkpoint_step"] >= step
     second = resume(first, plan, tmp_path)
     assert second.finish() == 0
+    assert [step for step, _ in second.history()] == [step for step, _ in reference.history()]
     assert {**first.losses(), **second.losses()} == reference.losses()
     assert second.adapter() == reference.adapter()
 
@@ -191,6 +184,7 @@ def test_no_pickle_in_a_checkpoint(reference: Run) -> None:
     assert names == [
         "adapter.safetensors",
         "manifest.json",
+        "metrics.jsonl",
         "optimizer.safetensors",
         "state.json",
     ]

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from lora_train import checkpoint, curve, data, export, model, packing, report, schedule
-from lora_train.failure import Failure
+from lora_train import checkpoint, curve, data, export, memory, model, packing, report, schedule
+from lora_train.failure import Failure, is_out_of_memory
 from lora_train.history import FILE, History
 from lora_train.render import Renderer, Sequence
 from lora_train.session import Session, library_versions
@@ -29,6 +30,8 @@ BUDGET = 8192  # tokens in a micro-batch
 MOST_SKIPPED = 3  # steps in a row that were not finite
 MOST_DROPPED = 0.05  # share of examples that may be too long
 SAMPLES = 3
+
+T = TypeVar("T")
 
 
 def run(session: Session) -> None:
@@ -52,6 +55,9 @@ class _State:
     loss: float = math.nan
     validation_loss: float | None = None
     base_validation_loss: float | None = None
+    # A run that ran out of memory once goes on as it could: so it stays exact after a resume.
+    budget: int = 0
+    recompute: bool = False
 
 
 class _Trainer:
@@ -123,6 +129,9 @@ class _Trainer:
         self.forward = packing.Forward(self.model, self.plan.device)
         if why := self.forward.use_packing(self.train_set):
             self.emit.log("warn", f"sequences are padded, not packed: {why}", "varlen_fallback")
+        self.state.budget = self.state.budget or BUDGET
+        if self.state.recompute:
+            memory.recompute(self.forward.base)
         self.emit.send(
             "plan",
             total_steps=self.total,
@@ -214,19 +223,7 @@ class _Trainer:
         tokens = sum(len(s.tokens) for s in batch)
         loss_tokens = sum(s.loss_tokens for s in batch)
         rate = schedule.learning_rate(self.h.learning_rate, step, self.total, self.h.warmup_steps)
-        torch.manual_seed(schedule.step_seed(self.h.seed, step))
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
-        for group in self.forward.groups([len(s.tokens) for s in batch], BUDGET):
-            self.stop.check()
-            part = self.forward.nll([batch[i] for i in group]) / loss_tokens
-            part.backward()
-            total += part.detach()
-            self.emit.alive()
-        clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
-        # The only place in a step where the host waits for the device.
-        loss, norm = torch.stack([total, clipped.double()]).tolist()
+        loss, norm = self._fitting(batch, lambda: self._gradients(step, batch, loss_tokens))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             for settings in self.optimizer.param_groups:
@@ -250,6 +247,52 @@ class _Trainer:
         if self.state.skipped_in_a_row >= MOST_SKIPPED:
             raise Failure("diverged", f"{MOST_SKIPPED} steps in a row were not finite")
 
+    def _gradients(self, step: int, batch: list[Sequence], loss_tokens: int) -> tuple[float, float]:
+        """Fill the gradients of a step, clipped; its loss and their norm."""
+        torch.manual_seed(schedule.step_seed(self.h.seed, step))
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
+        for group in self.forward.groups([len(s.tokens) for s in batch], self.state.budget):
+            self.stop.check()
+            part = self.forward.nll([batch[i] for i in group]) / loss_tokens
+            part.backward()
+            total += part.detach()
+            self.emit.alive()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+        # The only place in a step where the host waits for the device.
+        loss, length = torch.stack([total, norm.double()]).tolist()
+        return loss, length
+
+    def _fitting(self, batch: list[Sequence], work: Callable[[], T]) -> T:
+        """Do the work again in smaller pieces for as long as memory runs out."""
+        while True:
+            try:
+                return work()
+            except Exception as e:
+                if not is_out_of_memory(e):
+                    raise
+            # Only outside of the block does nothing hold the tensors of the failed try.
+            self.optimizer.zero_grad(set_to_none=True)
+            memory.release(self.plan.device)
+            self._lower([len(s.tokens) for s in batch])
+
+    def _lower(self, lengths: list[int]) -> None:
+        """The next rung of the ladder."""
+        st, groups = self.state, self.forward.groups
+        said = f"out of memory at {memory.largest(groups, lengths, st.budget):,} tokens"
+        if smaller := memory.smaller_budget(groups, lengths, st.budget):
+            st.budget = smaller
+            self.emit.log("warn", f"{said}: at most {smaller:,} in a micro-batch now", "oom_budget")
+        elif not st.recompute and memory.recompute(self.forward.base):
+            st.recompute = True
+            self.emit.log("warn", f"{said}: activations are recomputed now", "oom_recompute")
+        else:
+            tokens, base = max(lengths), self.forward.base
+            config = base.config.get_text_config()
+            needed = memory.estimate(self.model, config, tokens, st.recompute)
+            raise memory.too_large(self.plan.device, tokens, needed, 1)
+
     def _account(self, step: int, loss: float, finite: bool, tokens: int, seconds: float) -> None:
         st = self.state
         st.step, st.tokens, st.seconds = step, st.tokens + tokens, st.seconds + seconds
@@ -270,10 +313,15 @@ class _Trainer:
 
     def _validation_loss(self) -> float:
         self.emit.stage("validating")
+        return self._fitting(self.held_set, self._held_loss)
+
+    def _held_loss(self) -> float:
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for group in self.forward.groups([len(s.tokens) for s in self.held_set], BUDGET):
+            for group in self.forward.groups(
+                [len(s.tokens) for s in self.held_set], self.state.budget
+            ):
                 self.stop.check()
                 total += self.forward.nll([self.held_set[i] for i in group]).item()
                 count += sum(self.held_set[i].loss_tokens for i in group)

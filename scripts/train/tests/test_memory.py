@@ -1,0 +1,55 @@
+"""Memory that runs out: smaller pieces of the same step, then recomputation, then the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, make_plan, play
+
+from lora_train import packing
+from lora_train.render import Sequence
+
+RIGHT = packing.Forward.nll
+HYPER = {"dropout": 0.0, "epochs": 1}
+
+
+def limit_tokens(monkeypatch: pytest.MonkeyPatch, plain: int, recomputed: int) -> None:
+    """Let a micro-batch of more tokens run out of memory."""
+
+    def nll(self: packing.Forward, sequences: list[Sequence]) -> torch.Tensor:
+        limit = recomputed if self.base.is_activation_checkpointing else plain
+        if sum(len(s.tokens) for s in sequences) > limit and self.model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return RIGHT(self, sequences)
+
+    monkeypatch.setattr(packing.Forward, "nll", nll)
+
+
+def test_the_ladder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = play(make_plan(tmp_path / "whole", DEMO, model, hyper=HYPER))
+    longest = max(e["tokens"] for e in whole.of("sample"))
+    limit_tokens(monkeypatch, longest // 2 + 100, 0)
+    halved = play(make_plan(tmp_path / "halved", DEMO, model, hyper=HYPER))
+    assert halved.code == 0
+    assert halved.logs("oom_budget") and not halved.logs("oom_recompute")
+    # The same examples in every step, so the same loss.
+    assert halved.losses() == pytest.approx(whole.losses(), rel=1e-6)
+
+    limit_tokens(monkeypatch, 20, 1 << 20)
+    again = play(make_plan(tmp_path / "again", DEMO, model, hyper=HYPER))
+    assert again.code == 0 and len(again.logs("oom_recompute")) == 1
+    assert again.losses() == pytest.approx(whole.losses(), rel=1e-6)
+    # What was learnt about memory is in the checkpoint.
+    step = again.of("checkpoint")[-2]["path"]
+    rest = play(make_plan(tmp_path / "rest", DEMO, model, hyper=HYPER, resume_from=step))
+    assert rest.code == 0 and not rest.logs("oom_recompute")
+    assert rest.losses() == again.losses()[-len(rest.losses()) :]
+
+    limit_tokens(monkeypatch, 20, 20)
+    end = play(make_plan(tmp_path / "end", DEMO, model, hyper=HYPER))
+    assert end.code == 81
+    error = end.of("error")[0]
+    assert "a single example of" in error["message"] and "GiB are needed" in error["message"]
+    assert "max_seq_length" in error["hint"]

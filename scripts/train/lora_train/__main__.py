@@ -29,8 +29,6 @@ ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
-# Longer than any step, save or model load that is still worth waiting for.
-HANG_SECONDS = 1800.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,9 +69,7 @@ def train(path: Path, events: int | None, commands: int | None) -> int:
     stop.install()
     if commands is not None:
         wire.listen(stop, commands)
-    heart = wire.Heartbeat(
-        emit, hang_seconds=HANG_SECONDS, on_hang=lambda idle: _leave_hanging(emit, idle)
-    )
+    heart = wire.Heartbeat(emit, lambda idle: _leave_hanging(emit, idle))
     heart.start()
     one = session.Session(plan=checked, emit=emit, stop=stop, wait=stop.wait)
     if checked.backend == "dry":

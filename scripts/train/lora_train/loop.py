@@ -11,14 +11,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from lora_train import checkpoint, curve, data, export, memory, model, packing, report, schedule
+from lora_train import (
+    checkpoint,
+    curve,
+    data,
+    export,
+    health,
+    memory,
+    model,
+    packing,
+    report,
+    schedule,
+)
 from lora_train.failure import Failure, is_out_of_memory
 from lora_train.history import FILE, History
 from lora_train.render import Renderer, Sequence
@@ -28,6 +40,8 @@ from lora_train.stop import Preempted
 CLIP = 1.0  # of the gradient's norm
 BUDGET = 8192  # tokens in a micro-batch
 MOST_SKIPPED = 3  # steps in a row that were not finite
+FEW_SPIKES = 3  # in a row: fewer are no reason not to save
+MOST_WARNINGS = 20  # of jumps of the loss
 MOST_DROPPED = 0.05  # share of examples that may be too long
 SAMPLES = 3
 
@@ -58,6 +72,10 @@ class _State:
     # A run that ran out of memory once goes on as it could: so it stays exact after a resume.
     budget: int = 0
     recompute: bool = False
+    trend: health.Trend = field(default_factory=health.Trend)
+    spikes: int = 0
+    rate_factor: float = 1.0
+    rolled_back: bool = False
 
 
 class _Trainer:
@@ -68,6 +86,8 @@ class _Trainer:
         self.state, self.history = _State(), History()
         self.dropped: list[int] = []
         self.saved_step, self.saved_at = -1, self.clock.monotonic()
+        self.good: Path | None = None  # the newest checkpoint of this run
+        self.pace = health.Pace()
         if self.plan.threads:
             torch.set_num_threads(self.plan.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -125,6 +145,8 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=0.0, weight_decay=self.h.weight_decay
         )
+        # Where the adapter began, until there is a checkpoint to go back to.
+        self.beginning = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         self._resume()
         self.forward = packing.Forward(self.model, self.plan.device)
         if why := self.forward.use_packing(self.train_set):
@@ -159,14 +181,20 @@ class _Trainer:
                 "warn", "the checkpoint is of another plan: starting again", "resume_lost"
             )
             return
+        self._restore(found)
+
+    def _restore(self, found: checkpoint.Saved) -> None:
+        """Go on from a checkpoint that verified."""
         adapter = load_tensors((found.path / "adapter.safetensors").read_bytes())
         moments = load_tensors((found.path / "optimizer.safetensors").read_bytes())
         saved = json.loads((found.path / "state.json").read_text())
         updates = saved.pop("updates")
         known = {f.name for f in fields(_State)}
+        saved["trend"] = health.Trend(**saved.get("trend", {}))
         self.state = _State(**{k: v for k, v in saved.items() if k in known})
         if (metrics := found.path / FILE).is_file():
             self.history = History(metrics.read_text())
+        self.optimizer.state.clear()
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(adapter[name])
@@ -176,7 +204,8 @@ class _Trainer:
                         "exp_avg": moments[f"{name}.exp_avg"].to(p.device),
                         "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(p.device),
                     }
-        self.saved_step = self.emit.last_checkpoint_step = self.state.step
+        self.good, self.saved_step = found.path, self.state.step
+        self.emit.step_now = self.emit.last_checkpoint_step = self.state.step
 
     def _damaged(self, why: str) -> None:
         self.emit.log("warn", f"checkpoint not used: {why}", "checkpoint_damaged")
@@ -199,16 +228,62 @@ class _Trainer:
             if self.state.step == 0 and self.held_set:
                 self.state.base_validation_loss = self._validation_loss()
             self.emit.stage("training")
-            for step in range(self.state.step + 1, self.total + 1):
+            while self.state.step < self.total:
+                step = self.state.step + 1
                 self._step(step)
+                if trouble := self._trouble():
+                    self._roll_back(trouble)
+                    continue
                 if step % self.per_epoch == 0 and self.held_set:
                     self._evaluate()
                 if self._due():
                     self._save()
         except Preempted:
-            if self.state.step > max(0, self.saved_step):
+            if self.state.step > max(0, self.saved_step) and self._healthy():
                 self._save()
             raise
+
+    def _healthy(self) -> bool:
+        """Whether one may come back to this state: only such states are saved."""
+        st = self.state
+        return st.skipped_in_a_row == 0 and st.trend.spikes_in_a_row < FEW_SPIKES
+
+    def _trouble(self) -> str:
+        """Why the training cannot go on like this, empty when it can."""
+        if self.state.skipped_in_a_row >= MOST_SKIPPED:
+            return f"{MOST_SKIPPED} steps in a row were not finite"
+        if self.state.trend.spikes_in_a_row >= health.MOST_SPIKES:
+            return f"the loss stayed far above its trend for {health.MOST_SPIKES} steps"
+        return ""
+
+    def _roll_back(self, why: str) -> None:
+        """Back to the last good state with half the learning rate; once.
+
+        Nothing is saved here: a run that is interrupted before its next
+        checkpoint comes to this same place again.
+        """
+        was = self.state
+        if was.rolled_back:
+            raise Failure("diverged", f"{why}, also with half the learning rate")
+        own = self.plan.checkpoints
+        found = self.good and checkpoint.newest(self.good, own, self._damaged)
+        if found:
+            self._restore(found)
+        elif self.beginning:
+            self.state = _State(base_validation_loss=was.base_validation_loss)
+            self.optimizer.state.clear()
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(self.beginning[name])
+            self.emit.step_now = 0
+        else:
+            raise Failure("diverged", f"{why}, and no checkpoint is left to go back to")
+        st = self.state
+        st.rolled_back, st.rate_factor = True, st.rate_factor / 2
+        st.skipped, st.spikes = was.skipped, was.spikes
+        st.budget, st.recompute = was.budget, was.recompute
+        said = f"{why}: back to step {st.step} with half the learning rate"
+        self.emit.log("warn", said, "rolled_back")
 
     def _examples(self, step: int) -> list[Sequence]:
         epoch, place = divmod(step - 1, self.per_epoch)
@@ -222,7 +297,9 @@ class _Trainer:
         batch = self._examples(step)
         tokens = sum(len(s.tokens) for s in batch)
         loss_tokens = sum(s.loss_tokens for s in batch)
-        rate = schedule.learning_rate(self.h.learning_rate, step, self.total, self.h.warmup_steps)
+        peak = self.h.learning_rate * self.state.rate_factor
+        rate = schedule.learning_rate(peak, step, self.total, self.h.warmup_steps)
+        self.emit.expect(self.pace.allowed(tokens))
         loss, norm = self._fitting(batch, lambda: self._gradients(step, batch, loss_tokens))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -244,8 +321,8 @@ class _Trainer:
             seconds=round(seconds, 6),
             skipped=not finite,
         )
-        if self.state.skipped_in_a_row >= MOST_SKIPPED:
-            raise Failure("diverged", f"{MOST_SKIPPED} steps in a row were not finite")
+        if not finite:
+            self.emit.log("warn", f"step {step} is not finite and is skipped", "nonfinite_skipped")
 
     def _gradients(self, step: int, batch: list[Sequence], loss_tokens: int) -> tuple[float, float]:
         """Fill the gradients of a step, clipped; its loss and their norm."""
@@ -300,8 +377,19 @@ class _Trainer:
         st.skipped_in_a_row = 0 if finite else st.skipped_in_a_row + 1
         if finite:
             st.loss = loss
+            self._watch(step, loss)
+        self.pace.took(tokens, seconds)
         self.emit.step_now = step
         self.emit.alive()
+
+    def _watch(self, step: int, loss: float) -> None:
+        """Warn of a loss that jumps."""
+        st, mean = self.state, self.state.trend.mean
+        if away := st.trend.add(loss):
+            st.spikes += 1
+            if st.spikes <= MOST_WARNINGS:
+                said = f"the loss of step {step} is {loss:.3f}, {away:.0f} deviations above"
+                self.emit.log("warn", f"{said} its mean of {mean:.3f}", "loss_spike")
 
     def _tell(self, ev: str, **said: Any) -> None:  # noqa: ANN401
         """Send a measurement and keep it for metrics.jsonl."""
@@ -323,6 +411,8 @@ class _Trainer:
                 [len(s.tokens) for s in self.held_set], self.state.budget
             ):
                 self.stop.check()
+                work = sum(len(self.held_set[i].tokens) for i in group)
+                self.emit.expect(self.pace.allowed(work))
                 total += self.forward.nll([self.held_set[i] for i in group]).item()
                 count += sum(self.held_set[i].loss_tokens for i in group)
                 self.emit.alive()
@@ -348,7 +438,11 @@ class _Trainer:
 
     def _due(self) -> bool:
         step = self.state.step
-        if step == self.total or self.stop.take_checkpoint_wish():
+        if step == self.total:
+            return True
+        if not self._healthy():
+            return False
+        if self.stop.take_checkpoint_wish():
             return True
         every = self.plan.checkpoint_every_steps
         if every and step % every == 0:
@@ -382,6 +476,8 @@ class _Trainer:
         )
         checkpoint.prune(self.plan.checkpoints, self.plan.keep_checkpoints, step)
         self.saved_step, self.saved_at = step, self.clock.monotonic()
+        self.good = saved.path
+        self.beginning.clear()
         self.emit.last_checkpoint_step = step
         self.emit.send(
             "checkpoint",

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_train import health
 from lora_train.stop import Stop
 
 VERSION = 1
@@ -89,7 +90,8 @@ class Emitter:
         self._lock = threading.Lock()
         self._file = _open_events(path) if path is not None else None
         self._pipe = _Pipe(fd) if fd is not None else None
-        self._progress = self.clock.monotonic()
+        self.progress_at = self.clock.monotonic()
+        self.patience = health.FIRST_SECONDS
 
     def send(self, ev: str, **fields: object) -> None:
         """Append one event to the file and hand it to the agent.
@@ -136,6 +138,7 @@ class Emitter:
         if stage not in STAGES:
             raise ValueError(f"{stage!r} is not a stage")
         self.stage_now = stage
+        self.patience = health.FIRST_SECONDS
         self.alive()
         self.send("stage", stage=stage)
 
@@ -145,11 +148,14 @@ class Emitter:
 
     def alive(self) -> None:
         """Note that something was finished, for whoever looks for a hang."""
-        self._progress = self.clock.monotonic()
+        self.progress_at = self.clock.monotonic()
 
-    def idle_seconds(self) -> float:
-        """Seconds since something was finished."""
-        return self.clock.monotonic() - self._progress
+    def expect(self, seconds: float) -> None:
+        """Say how long the next piece of work may take before it counts as a hang.
+
+        A new stage sets this back to what is worth waiting for at most.
+        """
+        self.patience = seconds
 
     def heartbeat(self) -> None:
         """Say that the process lives."""
@@ -240,11 +246,9 @@ class _Pipe:
 class Heartbeat:
     """A thread that says every few seconds that the process lives, and notices a hang."""
 
-    def __init__(
-        self, emit: Emitter, *, hang_seconds: float, on_hang: Callable[[float], None]
-    ) -> None:
-        self._emit = emit
-        self._hang_seconds, self._on_hang = hang_seconds, on_hang
+    def __init__(self, emit: Emitter, on_hang: Callable[[float], None]) -> None:
+        self._emit, self._on_hang = emit, on_hang
+        self._idle = health.Idle(HEARTBEAT_SECONDS)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -262,7 +266,9 @@ class Heartbeat:
             # A full disk is noticed by the training itself, at its next event.
             with contextlib.suppress(OSError):
                 self._emit.heartbeat()
-            if (idle := self._emit.idle_seconds()) > self._hang_seconds:
+            now = self._emit.clock.monotonic()
+            idle = self._idle.seen(now, self._emit.progress_at)
+            if idle > self._emit.patience:
                 self._on_hang(idle)
 
 

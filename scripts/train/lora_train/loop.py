@@ -28,6 +28,7 @@ from lora_train import (
     memory,
     model,
     packing,
+    reload,
     report,
     schedule,
 )
@@ -271,6 +272,7 @@ class _Trainer:
             self._restore(found)
         elif self.beginning:
             self.state = _State(base_validation_loss=was.base_validation_loss)
+            self.history = History()
             self.optimizer.state.clear()
             with torch.no_grad():
                 for name, p in self.parameters.items():
@@ -512,6 +514,7 @@ class _Trainer:
         }
         beside = self._beside(outcome)
         saved = export.write(self.plan, self.model, self.tokenizer, outcome, beside)
+        self._prove(saved.path)
         self.emit.send(
             "result",
             path=saved.path,
@@ -526,6 +529,31 @@ class _Trainer:
             seconds=round(st.seconds, 6),
         )
         self.emit.stage("done")
+
+    def _prove(self, adapter: Path) -> None:
+        """Have a fresh process read the adapter and find the same loss."""
+        those = self.held_set or self.train_set
+        batch = [those[i] for i in reload.batch_of([len(s.tokens) for s in those])]
+        self.model.eval()
+        with torch.no_grad():
+            expected = self.forward.nll(batch).item() / sum(s.loss_tokens for s in batch)
+        if self.plan.device == "cuda":  # the other process needs the room
+            self.optimizer.state.clear()
+            self.model.to("meta")
+            torch.cuda.empty_cache()
+
+        def alive() -> None:
+            self.stop.check()
+            self.emit.alive()
+
+        parts = [reload.Part(s.tokens, s.trained) for s in batch]
+        loss = reload.prove(self.plan, adapter, parts, expected, alive)
+        self.emit.log(
+            "info",
+            f"read again from disk, the adapter has a loss of {loss:.4f} on "
+            f"{len(batch)} examples, as it had in training",
+            "reloaded",
+        )
 
     def _beside(self, outcome: dict[str, Any]) -> dict[str, bytes]:
         """What is told about the training beside its weights."""

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 
 from lora_train import (
     checkpoint,
+    choice,
     curve,
     data,
     export,
@@ -45,6 +46,7 @@ FEW_SPIKES = 3  # in a row: fewer are no reason not to save
 MOST_WARNINGS = 20  # of jumps of the loss
 MOST_DROPPED = 0.05  # share of examples that may be too long
 SAMPLES = 3
+BEST = "best.safetensors"
 
 T = TypeVar("T")
 
@@ -77,6 +79,8 @@ class _State:
     spikes: int = 0
     rate_factor: float = 1.0
     rolled_back: bool = False
+    evaluated_step: int = 0
+    best: choice.Best = field(default_factory=choice.Best)
 
 
 class _Trainer:
@@ -89,6 +93,7 @@ class _Trainer:
         self.saved_step, self.saved_at = -1, self.clock.monotonic()
         self.good: Path | None = None  # the newest checkpoint of this run
         self.pace = health.Pace()
+        self.best: dict[str, torch.Tensor] = {}  # the adapter with the lowest validation loss
         if self.plan.threads:
             torch.set_num_threads(self.plan.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -108,6 +113,10 @@ class _Trainer:
         self.held_set = self._render(held, longest)
         self.per_epoch = schedule.steps_per_epoch(len(self.train_set), self.h.batch_size)
         self.total = self.per_epoch * self.h.epochs
+        tokens, held_tokens = (
+            sum(len(s.tokens) for s in those) for those in (self.train_set, self.held_set)
+        )
+        self.every = choice.evaluate_every(self.total, tokens * self.h.epochs, held_tokens)
         self.samples = [self.renderer.decode(s) for s in self.train_set[:SAMPLES]]
         for text in self.samples:
             self.emit.log("info", text, "training_sample")
@@ -192,9 +201,14 @@ class _Trainer:
         updates = saved.pop("updates")
         known = {f.name for f in fields(_State)}
         saved["trend"] = health.Trend(**saved.get("trend", {}))
+        saved["best"] = choice.Best(**saved.get("best", {}))
         self.state = _State(**{k: v for k, v in saved.items() if k in known})
         if (metrics := found.path / FILE).is_file():
             self.history = History(metrics.read_text())
+        kept = found.path / BEST
+        self.best = load_tensors(kept.read_bytes()) if kept.is_file() else {}
+        if self.state.best.step == self.state.step:
+            self.best = adapter
         self.optimizer.state.clear()
         with torch.no_grad():
             for name, p in self.parameters.items():
@@ -229,14 +243,14 @@ class _Trainer:
             if self.state.step == 0 and self.held_set:
                 self.state.base_validation_loss = self._validation_loss()
             self.emit.stage("training")
+            self._evaluate_if_due()
             while self.state.step < self.total:
                 step = self.state.step + 1
                 self._step(step)
                 if trouble := self._trouble():
                     self._roll_back(trouble)
                     continue
-                if step % self.per_epoch == 0 and self.held_set:
-                    self._evaluate()
+                self._evaluate_if_due()
                 if self._due():
                     self._save()
         except Preempted:
@@ -273,6 +287,7 @@ class _Trainer:
         elif self.beginning:
             self.state = _State(base_validation_loss=was.base_validation_loss)
             self.history = History()
+            self.best = {}
             self.optimizer.state.clear()
             with torch.no_grad():
                 for name, p in self.parameters.items():
@@ -420,9 +435,22 @@ class _Trainer:
                 self.emit.alive()
         return total / count
 
+    def _evaluate_if_due(self) -> None:
+        """Evaluate at the ends of epochs and between; after a resume what was missed."""
+        step, st = self.state.step, self.state
+        between = self.every and step % self.every == 0
+        if self.held_set and step > st.evaluated_step and (between or step % self.per_epoch == 0):
+            self._evaluate()
+        if st.best.enough and step < self.total and st.evaluated_step == step:
+            said = f"no gain in {choice.PATIENCE} evaluations: the training ends after step {step}"
+            self.emit.log("info", said, "early_stop")
+            self.total = step
+
     def _evaluate(self) -> None:
         loss = self._validation_loss()
-        self.state.validation_loss = loss
+        self.state.validation_loss, self.state.evaluated_step = loss, self.state.step
+        if self.state.best.add(loss, self.state.step):
+            self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         self._tell(
             "eval",
             step=self.state.step,
@@ -464,15 +492,18 @@ class _Trainer:
                 updates = int(s["step"])
         adapter = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
         state = {**asdict(self.state), "updates": updates}
+        files = {
+            "adapter.safetensors": save_tensors(adapter),
+            "optimizer.safetensors": save_tensors(moments),
+            "state.json": json.dumps(state).encode(),
+            FILE: self.history.bytes(),
+        }
+        if self.best and self.state.best.step != step:
+            files[BEST] = save_tensors(self.best)
         saved = checkpoint.write(
             self.plan.checkpoints / checkpoint.directory_name(step),
             step,
-            {
-                "adapter.safetensors": save_tensors(adapter),
-                "optimizer.safetensors": save_tensors(moments),
-                "state.json": json.dumps(state).encode(),
-                FILE: self.history.bytes(),
-            },
+            files,
             {"fingerprint": self._fingerprint()},
             self.stop.check_twice,
         )
@@ -499,6 +530,13 @@ class _Trainer:
         """Write the adapter and say that all is done."""
         self.emit.stage("saving")
         st = self.state
+        if self.best and st.best.step != st.step:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(self.best[name])
+            said = f"the adapter of step {st.best.step} is kept, not the last: its validation loss"
+            self.emit.log("info", f"{said} is {st.best.loss:.4f}", "best_kept")
+            st.validation_loss = st.best.loss
         outcome = {
             "steps": st.step,
             "epochs": self.h.epochs,

@@ -10,6 +10,7 @@ from conftest import DEMO, Played, make_plan, play
 from safetensors.torch import load_file
 
 from lora_train import choice, loop
+from lora_train.stop import Preempted
 
 HYPER = {"dropout": 0.0, "epochs": 6, "batch_size": 8}
 
@@ -67,3 +68,27 @@ def test_evaluations_stay_within_their_share() -> None:
     assert choice.evaluate_every(total=1000, tokens=10**6, held_tokens=25_000) == 500
     assert choice.evaluate_every(total=1000, tokens=10**6, held_tokens=100_000) == 0
     assert choice.evaluate_every(total=3, tokens=10**6, held_tokens=1) == 1
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = {"dropout": 0.0, "epochs": 2, "batch_size": 8}
+    whole = play(make_plan(tmp_path / "whole", DEMO, model, hyper=two))
+    right, calls = loop._Trainer._held_loss, [0]
+
+    def cut_off(self: Any) -> float:
+        calls[0] += 1
+        if calls[0] == 2:  # the first is that of the base model
+            raise Preempted("SIGTERM")
+        return right(self)
+
+    monkeypatch.setattr(loop._Trainer, "_held_loss", cut_off)
+    first = play(make_plan(tmp_path / "first", DEMO, model, hyper=two))
+    assert first.code == 75 and not first.of("eval")
+    last = first.of("checkpoint")[-1]["path"]
+    second = play(make_plan(tmp_path / "second", DEMO, model, hyper=two, resume_from=last))
+    assert second.code == 0
+    measured = [[(e["step"], e["validation_loss"]) for e in r.of("eval")] for r in (second, whole)]
+    assert measured[0] == measured[1] and len(measured[0]) == 2
+    assert first.losses() + second.losses() == whole.losses()

@@ -181,13 +181,14 @@ def test_tool_calls_are_trained_on_as_answers(model: Path) -> None:
 def test_no_pickle_in_a_checkpoint(reference: Run) -> None:
     files = reference.of("checkpoint")[-1]["files"]
     names = sorted(f["name"] for f in files)
-    assert names == [
+    # The best adapter stands beside the newest when they differ.
+    assert set(names) - {"best.safetensors"} == {
         "adapter.safetensors",
         "manifest.json",
         "metrics.jsonl",
         "optimizer.safetensors",
         "state.json",
-    ]
+    }
     path = Path(reference.of("checkpoint")[-1]["path"])
     assert json.loads((path / "state.json").read_text())["step"] == path_step(path)
 

@@ -68,7 +68,7 @@ func node(t *testing.T) func(ctx context.Context, env []string, args ...string) 
 // in scripts/app/app.mjs.
 func TestTheAppWithSupabaseJS(t *testing.T) {
 	app := node(t)
-	database := storetest.Empty(t)
+	database := storetest.Empty(t).URL
 	// Its auth tables first: ours refer to them, and where they are the
 	// stand-ins change nothing.
 	if out, err := app(t.Context(), []string{"DATABASE_URL=" + database}, "schema").CombinedOutput(); err != nil {

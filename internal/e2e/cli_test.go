@@ -141,7 +141,7 @@ func TestPushAndMigrateAreInterchangeable(t *testing.T) {
 
 	// The CLI first, and the dispatcher from the middle on.
 	for _, n := range []int{-1, 5} {
-		database := storetest.Empty(t)
+		database := storetest.Empty(t).URL
 		conn, err := pgx.Connect(t.Context(), database)
 		if err != nil {
 			t.Fatal(err)
@@ -172,7 +172,7 @@ func TestPushAndMigrateAreInterchangeable(t *testing.T) {
 	}
 
 	// As the owner of a hosted project, who is no superuser.
-	owner := hosted(t, storetest.Empty(t))
+	owner := hosted(t, storetest.Empty(t).URL)
 	push(t, -1, owner)
 	if out := migrate(t, owner); !strings.Contains(out, "up to date") {
 		t.Errorf("migrate after the owner's push: %s", out)

@@ -1,7 +1,7 @@
 // Package store is the only room that knows Postgres. SQL stands beside the
 // function that runs it; above this door nobody sees a row, a column or a
 // pgx type. What an agent may do is a function of the database (migration
-// 20261124000004); what the dispatcher does is written out here.
+// 20261124000004 and later ones); what the dispatcher does is written out here.
 package store
 
 import (

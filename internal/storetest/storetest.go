@@ -78,7 +78,7 @@ func (s *server) start(ctx context.Context) error {
 	return s.err
 }
 
-// DB is one migrated database.
+// DB is one database.
 type DB struct {
 	URL   string
 	Store *store.Store
@@ -86,11 +86,21 @@ type DB struct {
 	t     testing.TB
 }
 
-// New lends a database of its own to a test. Without Postgres the test is
+// New lends a migrated database of its own to a test. Without Postgres the test is
 // skipped, except with CI=true.
 func New(t testing.TB) *DB {
 	t.Helper()
-	url := lend(t, template)
+	return open(t, lend(t, template))
+}
+
+// Empty lends a database with nothing in it.
+func Empty(t testing.TB) *DB {
+	t.Helper()
+	return open(t, lend(t, ""))
+}
+
+func open(t testing.TB, url string) *DB {
+	t.Helper()
 	ctx := context.Background()
 	st, err := store.Open(ctx, url, store.Options{Name: t.Name()})
 	if err != nil {
@@ -105,12 +115,6 @@ func New(t testing.TB) *DB {
 		st.Close()
 	})
 	return &DB{URL: url, Store: st, Pool: pool, t: t}
-}
-
-// Empty lends a database with nothing in it and returns its URL.
-func Empty(t testing.TB) string {
-	t.Helper()
-	return lend(t, "")
 }
 
 // lend makes a copy of a database for the time of a test.

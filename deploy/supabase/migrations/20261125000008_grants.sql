@@ -31,35 +31,11 @@ BEGIN
   RETURN pg_catalog.encode(b, 'hex')::uuid;
 END $$;
 
--- Whether an attempt may write an object: under its own two folders alone.
--- Whether it may read one: its data set, its job's checkpoints, and what it
--- wrote itself.
-CREATE OR REPLACE FUNCTION lorayard.may_touch(p_verb text, p_job uuid, p_attempt integer, p_nonce uuid, p_bucket text, p_key text) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = '' AS $$
-DECLARE
-  v_user uuid;
-BEGIN
-  IF p_key ~ '(^|/)\.{0,2}(/|$)' THEN
-    RETURN false;
-  END IF;
-  SELECT j.user_id INTO v_user FROM lorayard.jobs j WHERE j.job_id = p_job;
-  IF p_bucket = 'lora-models' AND (
-    pg_catalog.starts_with(p_key, v_user || '/' || p_job || '/a' || p_attempt || '-' || p_nonce || '/')
-    OR pg_catalog.starts_with(p_key, v_user || '/' || lorayard.artifact_of(p_job, p_attempt, p_nonce) || '/')) THEN
-    RETURN true;
-  END IF;
-  RETURN p_verb = 'read' AND (
-    EXISTS (SELECT 1 FROM public.training_jobs t JOIN public.datasets d ON d.id = t.dataset_id
-            WHERE t.id = p_job AND d.storage_bucket = p_bucket AND d.storage_path = p_key)
-    OR EXISTS (SELECT 1 FROM public.checkpoints c
-               WHERE c.job_id = p_job AND c.bucket = p_bucket AND pg_catalog.starts_with(p_key, c.path || '/')));
-END $$;
-
 -- What was granted of p_wanted, [{verb, bucket, key, after}], in its order:
 -- {serial, answer}, or null for what is not answered yet. Asking again changes
 -- nothing, and is how an agent waits; `after` is the serial of an answer that
 -- does not work any more. NULL: the attempt is stale. What the attempt may not
--- touch is answered with {"refused": words}.
+-- touch (lorayard.may_touch, migration 11) is answered with {"refused": words}.
 CREATE OR REPLACE FUNCTION lorayard.grants(p_job uuid, p_attempt integer, p_nonce uuid, p_wanted jsonb)
 RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$
 DECLARE

@@ -132,7 +132,9 @@ LANGUAGE sql SECURITY DEFINER SET search_path = '' AS $$
   WHERE t.id = p_job AND lorayard.may_write(p_job, p_attempt, p_nonce)
 $$;
 
--- Migration 8's, and an attempt may read the normalised file of its data set.
+-- Whether an attempt may write an object: under its own two folders alone.
+-- Whether it may read one: its data set and what the validation wrote of it, its
+-- job's checkpoints, and what it wrote itself.
 CREATE OR REPLACE FUNCTION lorayard.may_touch(p_verb text, p_job uuid, p_attempt integer, p_nonce uuid, p_bucket text, p_key text) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = '' AS $$
 DECLARE

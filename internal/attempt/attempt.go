@@ -148,7 +148,7 @@ func (x *run) carry(ctx context.Context, work func(context.Context) (*job.Result
 	}
 	defer sp.Close()
 	x.ship = ship.New(x.as.Ref, sp, x.Store, store.IsData, x.Metrics, x.log)
-	x.ship.Clock = x.as.Clock
+	x.ship.Skew = x.as.Skew
 	defer x.stage.end()
 
 	// The shipper outlives the attempt's context: what was said is carried out

@@ -147,9 +147,9 @@ type Assignment struct {
 	Spec        Spec
 	Dataset     Dataset
 	Checkpoints []Checkpoint // newest first, of earlier attempts
-	// Clock is the database's time minus this host's when the attempt was
+	// Skew is the database's time minus this host's when the attempt was
 	// accepted: what a host stamps is told in the database's time.
-	Clock time.Duration
+	Skew time.Duration
 }
 
 // Sample is one measured step. Floats may be NaN or infinite here; the store

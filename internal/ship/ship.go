@@ -28,10 +28,10 @@ type Sink interface {
 
 // Shipper is one attempt's carrier.
 type Shipper struct {
-	// Clock is added to every time that this host stamped: the database's clock
+	// Skew is added to every time that this host stamped: the database's clock
 	// minus the host's. A job that moves between hosts has one curve, whose
 	// points must not go back in time. To be set before anything is carried.
-	Clock time.Duration
+	Skew time.Duration
 
 	ref     job.Ref
 	spool   *spool.Spool
@@ -264,7 +264,7 @@ func (s *Shipper) decode(recs []spool.Record) (samples []job.Sample, lines []job
 		switch e.Ev {
 		case "sample", "eval":
 			sample := job.Sample{
-				Seq: r.Seq, At: e.At().Add(s.Clock), Step: e.Step, Epoch: float64(e.Epoch), Loss: float64(e.Loss),
+				Seq: r.Seq, At: e.At().Add(s.Skew), Step: e.Step, Epoch: float64(e.Epoch), Loss: float64(e.Loss),
 				LearningRate: float64(e.LearningRate), GradNorm: float64(e.GradNorm), TokensPerSecond: float64(e.TokensPerSecond), Skipped: e.Skipped,
 			}
 			if e.Ev == "eval" {
@@ -273,7 +273,7 @@ func (s *Shipper) decode(recs []spool.Record) (samples []job.Sample, lines []job
 			}
 			samples = append(samples, sample)
 		case "log":
-			lines = append(lines, job.Line{Seq: r.Seq, At: e.At().Add(s.Clock), Level: e.Level, Message: e.Message, Code: string(e.Code)})
+			lines = append(lines, job.Line{Seq: r.Seq, At: e.At().Add(s.Skew), Level: e.Level, Message: e.Message, Code: string(e.Code)})
 		}
 	}
 	return samples, lines

@@ -172,7 +172,7 @@ func (s *Store) Accept(ctx context.Context, a Agent, ref job.Ref) (job.Assignmen
 		return job.Assignment{}, fmt.Errorf("accept %s: decode assignment: %w", ref, err)
 	}
 	// The database looked at its clock somewhere between.
-	as.Clock = now.Sub(sent.Add(time.Since(sent) / 2))
+	as.Skew = now.Sub(sent.Add(time.Since(sent) / 2))
 	return as, nil
 }
 

@@ -122,10 +122,14 @@ func (x *run) send(ctx context.Context, bucket, key, from, digest string) (stora
 	return storage.Object{}, err
 }
 
-// limit asks what Storage takes as one object, before anything is trained for
-// it; 0 when nobody knows.
+// limit asks what Storage takes as one object, and whether it takes any, before
+// anything is trained for it; 0 when nobody knows.
 func (x *run) limit(ctx context.Context) (int64, error) {
-	g, err := x.grant(ctx, store.GrantWrite, artifactBucket, x.as.User+"/"+artifactID(x.as.Ref)+"/"+adapterFile, 0)
+	key := x.as.User + "/" + artifactID(x.as.Ref) + "/" + adapterFile
+	g, err := x.grant(ctx, store.GrantWrite, artifactBucket, key, 0)
+	if err == nil && g.Refused != "" {
+		err = denied(g, "upload", artifactBucket, key)
+	}
 	if err != nil {
 		return 0, err
 	}

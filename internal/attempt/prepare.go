@@ -159,6 +159,9 @@ func (x *run) fetchFailure(ctx context.Context, err error) error {
 	if s := stopped(ctx); s != nil {
 		return s
 	}
+	if job.KindOf(err) == job.LeaseLost { // a grant is fenced
+		return err
+	}
 	if storage.IsNotFound(err) {
 		return &job.Failure{Kind: job.DatasetMissing, Message: "The data set's file is not in storage: upload it again.", Err: err}
 	}
@@ -180,14 +183,25 @@ func (x *run) checkpoint(ctx context.Context) (dir string, step int, err error) 
 		if s := stopped(ctx); s != nil {
 			return "", 0, s
 		}
-		if e, ok := errors.AsType[*storage.Error](err); ok && e.Retryable() {
+		if job.KindOf(err) == job.LeaseLost {
+			return "", 0, err
+		}
+		if !unusable(err) {
 			return "", 0, &job.Failure{Kind: job.StorageUnavailable, Err: err}
 		}
-		// Missing or damaged: the one before it still helps.
+		// The one before it still helps.
 		x.log.WarnContext(ctx, "checkpoint not usable, trying an older one", "step", c.Step, "err", err)
 		x.ship.Say("warn", fmt.Sprintf("the checkpoint of step %d is not usable, trying an older one", c.Step), "checkpoint_skipped")
 	}
 	return "", 0, nil
+}
+
+// unusable says that a checkpoint is missing or damaged. Whatever else keeps us
+// from it, a key that is over or a full disk, is no reason to train again what
+// it holds.
+func unusable(err error) bool {
+	_, ours := errors.AsType[*storage.Error](err)
+	return !ours || storage.IsNotFound(err) || errors.Is(err, storage.ErrDigest)
 }
 
 func (x *run) fetchCheckpoint(ctx context.Context, c job.Checkpoint, dir string) error {

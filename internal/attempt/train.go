@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
@@ -15,7 +14,6 @@ import (
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 	"lorayard/internal/ship"
-	"lorayard/internal/store"
 	"lorayard/internal/trainer"
 	"lorayard/internal/wire"
 )
@@ -341,23 +339,12 @@ func (x *run) uploadCheckpoint(ctx context.Context, e *wire.Event) error {
 // between the two would leave them unmeasured for ever. A database that is away
 // is waited for: what was uploaded should not be lost for it.
 func (x *run) addCheckpoint(ctx context.Context, c job.Checkpoint) error {
-	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-		call, cancel := context.WithTimeout(ctx, 15*time.Second)
-		err := x.ship.Flush(call)
-		if err == nil {
-			err = x.Store.AddCheckpoint(call, x.as.Ref, c)
-		}
-		cancel()
-		if err == nil || job.KindOf(err) == job.LeaseLost || store.IsData(err) || ctx.Err() != nil {
+	return x.patiently(ctx, fmt.Sprintf("the checkpoint of step %d is not published yet", c.Step), func(ctx context.Context) error {
+		if err := x.ship.Flush(ctx); err != nil {
 			return err
 		}
-		x.log.WarnContext(ctx, "checkpoint not published yet", "step", c.Step, "err", err)
-		select {
-		case <-ctx.Done():
-			return err
-		case <-time.After(wait/2 + rand.N(wait)):
-		}
-	}
+		return x.Store.AddCheckpoint(ctx, x.as.Ref, c)
+	})
 }
 
 // withManifest adds the manifest to the files that it lists, when it is not

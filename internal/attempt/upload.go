@@ -90,6 +90,9 @@ func (x *run) upload(ctx context.Context, e *wire.Event) (*job.Result, error) {
 		if s := stopped(ctx); s != nil {
 			return nil, s
 		}
+		if job.KindOf(err) == job.LeaseLost { // a grant is fenced
+			return nil, err
+		}
 		return nil, &job.Failure{Kind: job.StorageUnavailable, Err: err}
 	}
 	res.Digests = files

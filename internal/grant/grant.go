@@ -162,7 +162,9 @@ func (m *Minter) sign(ctx context.Context, a store.Asked) (g store.Grant, err er
 		if storage.IsExists(err) {
 			return store.Grant{Exists: true}, nil
 		}
-		g.Limit = m.limit(ctx, a.Bucket)
+		if err == nil {
+			g.Limit = m.limit(ctx, a.Bucket)
+		}
 		return g, err
 	}
 	i, err := m.Storage.Info(ctx, a.Bucket, a.Key)

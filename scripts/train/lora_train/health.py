@@ -23,7 +23,7 @@ class Trend:
     def add(self, loss: float) -> float:
         """Take in a finite loss; how many deviations above the mean it is if that is a spike.
 
-        0.0 for any other. A spike moves the trend only as far as the border.
+        0.0 for any other. A spike does not move the trend.
         """
         spread = max(self.variance**0.5, LEAST_SPREAD * abs(self.mean))
         away = (loss - self.mean) / spread if spread > 0 else 0.0

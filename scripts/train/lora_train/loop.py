@@ -203,8 +203,8 @@ class _Trainer:
         saved["trend"] = health.Trend(**saved.get("trend", {}))
         saved["best"] = choice.Best(**saved.get("best", {}))
         self.state = _State(**{k: v for k, v in saved.items() if k in known})
-        if (metrics := found.path / FILE).is_file():
-            self.history = History(metrics.read_text())
+        metrics = found.path / FILE
+        self.history = History(metrics.read_text() if metrics.is_file() else "")
         kept = found.path / BEST
         self.best = load_tensors(kept.read_bytes()) if kept.is_file() else {}
         if self.state.best.step == self.state.step:
@@ -530,7 +530,9 @@ class _Trainer:
         """Write the adapter and say that all is done."""
         self.emit.stage("saving")
         st = self.state
+        adapter_step = st.step
         if self.best and st.best.step != st.step:
+            adapter_step = st.best.step
             with torch.no_grad():
                 for name, p in self.parameters.items():
                     p.copy_(self.best[name])
@@ -539,7 +541,8 @@ class _Trainer:
             st.validation_loss = st.best.loss
         outcome = {
             "steps": st.step,
-            "epochs": self.h.epochs,
+            "adapter_step": adapter_step,
+            "epochs": self._epoch(),
             "examples": len(self.train_set),
             "validation_examples": len(self.held_set),
             "tokens": st.tokens,
@@ -558,7 +561,7 @@ class _Trainer:
             path=saved.path,
             files=[f.plain() for f in saved.files],
             steps=st.step,
-            epochs=float(self.h.epochs),
+            epochs=self._epoch(),
             training_loss=st.loss,
             validation_loss=st.validation_loss,
             perplexity=None if st.validation_loss is None else _perplexity(st.validation_loss),

@@ -92,7 +92,9 @@ def card(plan: Plan, outcome: Mapping[str, Any]) -> str:
         f"| rank, alpha, dropout | {h.rank}, {h.alpha:g}, {h.dropout:g}; all linear layers |",
         f"| learning rate | {h.learning_rate:g}, {h.warmup_steps} steps of warm-up, cosine |",
         f"| optimizer | AdamW, weight decay {h.weight_decay:g} |",
-        f"| steps | {outcome['steps']} of {h.batch_size} examples, {h.epochs} epochs |",
+        f"| steps | {outcome['steps']} of {h.batch_size} examples, {outcome['epochs']:g} epochs"
+        f" of {h.epochs} |",
+        f"| weights | {_weights(outcome)} |",
         f"| examples | {outcome['examples']} for training, "
         f"{outcome['validation_examples']} for validation |",
         f"| data | sha256 {plan.data.sha256} |",
@@ -108,6 +110,13 @@ def card(plan: Plan, outcome: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _weights(outcome: Mapping[str, Any]) -> str:
+    step = outcome["adapter_step"]
+    return f"of step {step}" + (
+        "" if step == outcome["steps"] else ", where the validation loss was lowest"
+    )
 
 
 def _said(loss: float | None) -> str:

@@ -38,6 +38,10 @@ def test_the_best_adapter_is_kept(
     assert len(evals) == 5 and evals[1]["validation_loss"] == 1.0 == end["validation_loss"]
     assert end["steps"] == evals[-1]["step"] < run.of("plan")[0]["total_steps"]
     assert run.of("checkpoint")[-1]["final"]
+    # It says how far it came, and which weights these are.
+    assert end["epochs"] == evals[-1]["epoch"] < HYPER["epochs"]
+    card = (Path(end["path"]) / "README.md").read_text()
+    assert f"of step {evals[1]['step']}, where the validation loss was lowest" in card
 
     # It is the adapter of that step, also after a resume from a later one.
     at = evals[1]["step"]

@@ -193,12 +193,19 @@ func TestAFrozenAgentWakesUpTooLate(t *testing.T) {
 	if got := f.text(`SELECT state FROM lorayard.jobs WHERE job_id = $1`, id); got != "accepted" {
 		t.Errorf("the zombie's trainer ended only when the job was %s", got)
 	}
+	f.giveUp(zombie, id, 120, before)
+}
+
+// giveUp waits for a zombie to learn what it is, and for its job to be done
+// elsewhere; of it no more samples came than before.
+func (f *faulty) giveUp(zombie *devstack.Process, id string, steps int, before string) {
+	f.t.Helper()
 	f.eventually("the zombie's insight", func() bool {
 		return f.metric(zombie, `lorayard_agent_attempts_total{kind="lease_lost",outcome="lost"}`) == 1
 	})
-	f.completed(id, 120, "1 host-1 lost, 2 host-2 completed")
+	f.completed(id, steps, "1 host-1 lost, 2 host-2 completed")
 	if after := f.text(`SELECT count(*) FROM lorayard.samples WHERE job_id = $1 AND attempt = 1`, id); after != before {
-		t.Errorf("the zombie had %s samples and now has %s", before, after)
+		f.t.Errorf("the zombie had %s samples and now has %s", before, after)
 	}
 }
 
@@ -222,13 +229,7 @@ func TestAnAgentIsCutOffForTooLong(t *testing.T) {
 	before := f.text(`SELECT count(*) FROM lorayard.samples WHERE job_id = $1 AND attempt = 1`, id)
 	f.must(proxy.Pass())
 	f.eventually("the end of the zombie's trainer", func() bool { return f.trainers(filepath.Join(f.Dir, "host-1")) == 0 })
-	f.eventually("the zombie's insight", func() bool {
-		return f.metric(cut, `lorayard_agent_attempts_total{kind="lease_lost",outcome="lost"}`) == 1
-	})
-	f.completed(id, 160, "1 host-1 lost, 2 host-2 completed")
-	if after := f.text(`SELECT count(*) FROM lorayard.samples WHERE job_id = $1 AND attempt = 1`, id); after != before {
-		t.Errorf("the zombie had %s samples and now has %s", before, after)
-	}
+	f.giveUp(cut, id, 160, before)
 }
 
 // A host stands still for longer than its lease, not for its patience: it goes

@@ -279,20 +279,28 @@ func TestAStaleAttemptChangesNothing(t *testing.T) {
 	storetest.Check(t, db.Pool)
 }
 
+// wired lends a database over a wire that a test may cut.
+func wired(t *testing.T, o store.Options) (*store.Store, *services.FaultProxy) {
+	t.Helper()
+	db := storetest.New(t)
+	host := db.Pool.Config().ConnConfig
+	at := fmt.Sprintf("%s:%d", host.Host, host.Port)
+	wire, err := services.Proxy(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { wire.Close() })
+	st, err := store.Open(t.Context(), strings.Replace(db.URL, at, wire.Addr(), 1), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st, wire
+}
+
 // A connection that somebody on the way forgot takes what is sent and answers
 // nothing. No call waits for ever on it, also one without a deadline of its own.
 func TestACallOnASilentConnectionEnds(t *testing.T) {
-	db := storetest.New(t)
-	host := db.Pool.Config().ConnConfig
-	wire, err := services.Proxy(fmt.Sprintf("%s:%d", host.Host, host.Port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer wire.Close()
-	st, err := store.Open(t.Context(), strings.Replace(db.URL, fmt.Sprintf("%s:%d", host.Host, host.Port), wire.Addr(), 1), store.Options{Name: "silent", CallLimit: 300 * time.Millisecond})
-	if err != nil {
-		t.Fatal(err)
-	}
+	st, wire := wired(t, store.Options{Name: "silent", CallLimit: 300 * time.Millisecond})
 	defer st.Close()
 	calls := map[string]func() error{
 		"a query": func() error { _, err := st.Depths(context.Background()); return err },
@@ -317,17 +325,7 @@ func TestACallOnASilentConnectionEnds(t *testing.T) {
 
 // Whoever leaves does not wait for a network that does not answer.
 func TestClosingDoesNotWaitForSilentConnections(t *testing.T) {
-	db := storetest.New(t)
-	host := db.Pool.Config().ConnConfig
-	wire, err := services.Proxy(fmt.Sprintf("%s:%d", host.Host, host.Port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer wire.Close()
-	st, err := store.Open(t.Context(), strings.Replace(db.URL, fmt.Sprintf("%s:%d", host.Host, host.Port), wire.Addr(), 1), store.Options{Name: "silent"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	st, wire := wired(t, store.Options{Name: "silent"})
 	if err := wire.Blackhole(); err != nil {
 		t.Fatal(err)
 	}

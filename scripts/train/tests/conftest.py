@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -51,25 +52,19 @@ def make_plan(run_dir: Path, data: Path, model: Path, **over: Any) -> dict[str, 
 
 
 class Run:
-    """One trainer process and what it said."""
+    """One trainer process and what it said; forked unless a real start is wanted."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any], real: bool = False) -> None:
         self.dir = Path(plan["run_dir"])
         self.dir.mkdir(parents=True, exist_ok=True)
         path = self.dir / "plan.json"
         path.write_text(json.dumps(plan))
         self.read, write = os.pipe()
-        with open(self.dir / "stderr.txt", "w") as stderr:
-            self.process = subprocess.Popen(
-                [
-                    "bash",
-                    "-c",
-                    f"exec {sys.executable} -m lora_train --plan {path} 3>&{write} {write}>&-",
-                ],
-                cwd=ROOT,
-                pass_fds=[write],
-                stderr=stderr,
-            )
+        self.process: subprocess.Popen[bytes] | forks.Child
+        if real:
+            self.process = _start(path, write, self.dir / "stderr.txt")
+        else:
+            self.process = forks.trainer(path, write, self.dir / "stderr.txt")
         os.close(write)
 
     def finish(self, on: Callable[[Run, dict[str, Any]], None] | None = None) -> int:
@@ -106,6 +101,20 @@ class Run:
         return next(f["sha256"] for f in files if f["name"] == "adapter_model.safetensors")
 
 
+def _start(plan: Path, write: int, errors: Path) -> subprocess.Popen[bytes]:
+    with open(errors, "w") as stderr:
+        return subprocess.Popen(
+            [
+                "bash",
+                "-c",
+                f"exec {sys.executable} -m lora_train --plan {plan} 3>&{write} {write}>&-",
+            ],
+            cwd=ROOT,
+            pass_fds=[write],
+            stderr=stderr,
+        )
+
+
 @dataclass
 class Played:
     """A run within this process: its exit code and its events."""
@@ -136,7 +145,8 @@ def play(plan: dict[str, Any]) -> Played:
     one.run_dir.mkdir(parents=True)
     path = one.run_dir / "events.jsonl"
     emit = wire.Emitter(job=one.job, attempt=one.attempt, path=path)
-    code = session.perform(session.Session(one, emit, Stop()), loop.run)
+    with forks.reading():
+        code = session.perform(session.Session(one, emit, Stop()), loop.run)
     emit.close()
     return Played(code, [json.loads(line) for line in path.read_text().splitlines()])
 
@@ -181,6 +191,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that nobody disturbed."""
-    run = Run(make_plan(tmp_path_factory.mktemp("reference") / "run", DEMO, model))
+    run = Run(make_plan(tmp_path_factory.mktemp("reference") / "run", DEMO, model), real=True)
     assert run.finish() == 0, (run.dir / "stderr.txt").read_text()
     return run

@@ -14,6 +14,7 @@ require (
 	github.com/hibiken/asynq v0.26.0 // the hand-over; fixed by the mission. The gate knows this version's dequeue: a test fails when it changes
 	github.com/jackc/pgx/v5 v5.12.0 // Postgres; fixed by the mission
 	github.com/prometheus/client_golang v1.25.0 // metrics; fixed by the mission
+	github.com/prometheus/client_model v0.6.3 // tests: what a registry gathers, as client_golang says it
 	github.com/redis/go-redis/v9 v9.23.0 // Redis, and the hook that the gate is; fixed by the mission
 	github.com/supabase-community/storage-go v0.8.1 // small calls to Supabase Storage; fixed by the mission
 	go.uber.org/goleak v1.3.0 // tests: no goroutine is left behind
@@ -31,7 +32,6 @@ require (
 	github.com/jackc/pgservicefile v0.0.0-20240606120523-5a60cdf6a761 // indirect
 	github.com/jackc/puddle/v2 v2.2.3 // indirect
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
-	github.com/prometheus/client_model v0.6.3 // indirect
 	github.com/prometheus/common v0.72.0 // indirect
 	github.com/prometheus/procfs v0.22.0 // indirect
 	github.com/robfig/cron/v3 v3.0.1 // indirect

@@ -193,7 +193,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
-	m := metrics.NewAgent()
+	m := metrics.NewAgent(version)
 	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Generation: generation, Hostname: hostname, Version: version, BaseModels: models, Labels: labels}
 	for _, d := range devices {
 		self.Devices = append(self.Devices, store.Device(d))

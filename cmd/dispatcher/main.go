@@ -179,7 +179,7 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := q.Ping(ctx); err != nil {
 		log.WarnContext(ctx, "Redis is not there yet; attempts are sent when it is", "err", err)
 	}
-	m := metrics.NewDispatcher()
+	m := metrics.NewDispatcher(version)
 	bucket, err := storage.Open(storage.Config{URL: s.SupabaseURL, Key: s.SupabaseKey.Reveal()})
 	if err != nil {
 		return err

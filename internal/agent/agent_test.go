@@ -65,7 +65,7 @@ func (h *host) agent() *agent.Agent {
 	h.begun = make(chan struct{})
 	began := time.Now()
 	return agent.New(agent.Parts{
-		Store: h, Runner: h, Ledger: gpu.NewLedger(nil), Metrics: metrics.NewAgent(), Log: slog.New(slog.DiscardHandler),
+		Store: h, Runner: h, Ledger: gpu.NewLedger(nil), Metrics: metrics.NewAgent(""), Log: slog.New(slog.DiscardHandler),
 		Config:   agent.Config{Lease: 5 * time.Second, Renew: time.Second, OutOfTouch: outOfTouch},
 		NewNonce: func() string { return "n" }, Clock: func() time.Duration { return time.Since(began) },
 	})

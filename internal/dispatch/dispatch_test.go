@@ -68,7 +68,7 @@ func TestASilentAgentIsJudgedWhenItsLeaseRunsOutAndNotAtTheNextPoll(t *testing.T
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		d := dispatch.New(dispatch.Parts{
-			Store: s, Metrics: metrics.NewDispatcher(), Log: slog.New(slog.DiscardHandler),
+			Store: s, Metrics: metrics.NewDispatcher(""), Log: slog.New(slog.DiscardHandler),
 			Config: dispatch.Config{Poll: time.Second, Term: 3 * time.Second},
 		})
 		go d.Run(ctx)
@@ -137,7 +137,7 @@ func TestAJobForAHostThatIsGoneIsPlacedAgainAtOnce(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		d := dispatch.New(dispatch.Parts{
-			Store: s, Queue: noQueue{}, Metrics: metrics.NewDispatcher(), Log: slog.New(slog.DiscardHandler),
+			Store: s, Queue: noQueue{}, Metrics: metrics.NewDispatcher(""), Log: slog.New(slog.DiscardHandler),
 			Config: dispatch.Config{Poll: time.Second, Term: 3 * time.Second},
 		})
 		began := time.Now()

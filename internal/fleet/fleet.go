@@ -140,7 +140,7 @@ func (f *Fleet) dispatcher(ctx, run context.Context, i int) error {
 	}
 	d := dispatch.New(dispatch.Parts{
 		Self:  store.Dispatcher{ID: uuid.NewString(), Name: fmt.Sprint(i)},
-		Store: st, Queue: q, Metrics: metrics.NewDispatcher(), Log: f.c.Log, Config: conf,
+		Store: st, Queue: q, Metrics: metrics.NewDispatcher(""), Log: f.c.Log, Config: conf,
 	})
 	f.wg.Go(func() { f.note(d.Run(run)) })
 	return nil
@@ -154,7 +154,7 @@ func (f *Fleet) agent(run context.Context, id string, labels map[string]string) 
 		self.Devices = append(self.Devices, store.Device(d))
 	}
 	a := agent.New(agent.Parts{
-		Self: self, Store: f.Store, Ledger: gpu.NewLedger(devices), Metrics: metrics.NewAgent(), Log: log,
+		Self: self, Store: f.Store, Ledger: gpu.NewLedger(devices), Metrics: metrics.NewAgent(""), Log: log,
 		Config:   agent.Config{Lease: f.c.Lease, Renew: f.c.Renew, OutOfTouch: 15 * time.Minute, HandOver: time.Minute},
 		Runner:   &idler{Fleet: f, agent: id},
 		NewNonce: uuid.NewString,

@@ -129,7 +129,7 @@ func TestWhatNobodyNeedsIsRemovedAndNothingElse(t *testing.T) {
 	_, err = db.Store.Admit(t.Context(), []store.Admission{{ID: w.id, Spec: spec, Hyperparameters: []byte(storetest.Hyperparameters), GPUConfig: []byte(storetest.GPUConfig)}})
 	w.must(err)
 	keeper := &retain.Keeper{
-		Store: db.Store, Storage: w.s, Metrics: metrics.NewDispatcher(), Log: slog.New(slog.DiscardHandler),
+		Store: db.Store, Storage: w.s, Metrics: metrics.NewDispatcher(""), Log: slog.New(slog.DiscardHandler),
 		Config: retain.Config{Checkpoints: 2, Settled: time.Hour, Zombie: time.Minute, Every: time.Hour},
 	}
 	sweep := func() {

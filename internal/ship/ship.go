@@ -193,7 +193,6 @@ func (s *Shipper) carry(ctx context.Context, upto uint64) error {
 			return nil
 		}
 		err = s.write(ctx, recs, p)
-		s.metrics.SpoolRecords.Set(float64(s.pending()))
 		switch {
 		case err == nil:
 			wait = 200 * time.Millisecond

@@ -49,7 +49,7 @@ func TestARowChangesOnceASecondAtMost(t *testing.T) {
 		}
 		defer sp.Close()
 		sink := &table{perCall: 5 * time.Millisecond}
-		s := ship.New(job.Ref{Job: "j", Attempt: 1}, sp, sink, func(error) bool { return false }, metrics.NewAgent(), slog.New(slog.DiscardHandler))
+		s := ship.New(job.Ref{Job: "j", Attempt: 1}, sp, sink, func(error) bool { return false }, metrics.NewAgent(""), slog.New(slog.DiscardHandler))
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- s.Run(ctx) }()

@@ -37,7 +37,7 @@ func many(few, long int) int {
 // lab runs worlds.
 type lab struct{ metrics Metrics }
 
-func newLab() lab { return lab{Metrics{metrics.NewAgent(), metrics.NewDispatcher()}} }
+func newLab() lab { return lab{Metrics{metrics.NewAgent(""), metrics.NewDispatcher("")}} }
 
 func (l lab) run(t *testing.T, o Options) (res Result) {
 	t.Helper()

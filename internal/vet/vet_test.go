@@ -67,7 +67,7 @@ func start(t *testing.T, notified bool) *world {
 		w.must(os.WriteFile(name, nil, 0o600))
 		w.must(os.Chtimes(name, time.Now(), time.Now().Add(-age)))
 	}
-	v := &vet.Vetter{Store: w.db.Store, Storage: w.s, Queue: q, RedisURL: redis.URL(), Dir: w.dir, Metrics: metrics.NewDispatcher(), Log: slog.New(slog.DiscardHandler)}
+	v := &vet.Vetter{Store: w.db.Store, Storage: w.s, Queue: q, RedisURL: redis.URL(), Dir: w.dir, Metrics: metrics.NewDispatcher(""), Log: slog.New(slog.DiscardHandler)}
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {

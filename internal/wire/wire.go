@@ -144,6 +144,18 @@ type File struct {
 	SHA256 string `json:"sha256"`
 }
 
+// MemoryPlan says how the trainer means to use the device's memory, in bytes
+// and tokens. BytesPerToken and DeviceTotal are 0 where nothing was measured.
+type MemoryPlan struct {
+	Weights       int64 `json:"weights"`
+	Adapter       int64 `json:"adapter"`   // with its gradients
+	Optimizer     int64 `json:"optimizer"` // two moments of each trained number
+	BytesPerToken int64 `json:"bytes_per_token"`
+	BudgetTokens  int64 `json:"budget_tokens"` // of a micro-batch
+	Recompute     bool  `json:"recompute"`     // activations are computed twice instead of being kept
+	DeviceTotal   int64 `json:"device_total"`
+}
+
 // Event is one line of the trainer. Ev says which of the fields have meaning;
 // PROTOCOL.md lists them. The flat form keeps a transcript readable and lets
 // unknown fields pass.
@@ -177,6 +189,8 @@ type Event struct {
 	TrainableParameters int64  `json:"trainable_parameters"`
 	DataSHA256          string `json:"data_sha256"`
 	BaseModel           string `json:"base_model"`
+
+	MemoryPlan *MemoryPlan `json:"memory_plan"` // nil from trainers that do not plan
 
 	// sample, eval, checkpoint, heartbeat
 	Step            int   `json:"step"`

@@ -51,6 +51,8 @@ func TestGoldenTranscriptsAreUnderstood(t *testing.T) {
 					t.Errorf("checkpoint without files: %+v", e)
 				case e.Ev == "error" && (e.Kind == "" || e.Message == "" || e.Hint == ""):
 					t.Errorf("error without kind, message or hint: %+v", e)
+				case e.Ev == "plan" && (e.MemoryPlan == nil || e.MemoryPlan.BudgetTokens == 0):
+					t.Errorf("plan without a plan of the memory: %+v", e)
 				case e.Ev == "result" && (len(e.Files) == 0 || e.Steps == 0):
 					t.Errorf("result without files: %+v", e)
 				}

@@ -28,7 +28,9 @@ from lora_train import (
     health,
     memory,
     model,
+    optimizer,
     packing,
+    probe,
     reload,
     report,
     schedule,
@@ -152,18 +154,14 @@ class _Trainer:
         self.stop.check()
         self.model = model.load(self.plan)
         self.parameters = model.trainable(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, weight_decay=self.h.weight_decay
-        )
+        self.optimizer = optimizer.Optimizer(self.parameters, self.h.weight_decay)
         # Where the adapter began, until there is a checkpoint to go back to.
         self.beginning = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         self._resume()
         self.forward = packing.Forward(self.model, self.plan.device)
         if why := self.forward.use_packing(self.train_set):
             self.emit.log("warn", f"sequences are padded, not packed: {why}", "varlen_fallback")
-        self.state.budget = self.state.budget or BUDGET
-        if self.state.recompute:
-            memory.recompute(self.forward.base)
+        planned = self._plan_memory()
         self.emit.send(
             "plan",
             total_steps=self.total,
@@ -177,7 +175,59 @@ class _Trainer:
             trainable_parameters=sum(p.numel() for p in self.parameters.values()),
             data_sha256=self.plan.data.sha256,
             base_model=self.plan.base_model.name,
+            memory_plan=planned,
         )
+
+    def _plan_memory(self) -> dict[str, int | bool]:
+        """Set the tokens of a micro-batch, and whether activations are recomputed."""
+        st, base, device = self.state, self.forward.base, self.plan.device
+        if st.recompute:
+            memory.recompute(base)
+        moments = sum(8 * p.numel() for p in self.parameters.values())
+        meter = probe.meter_of(device)
+        planned, total = probe.Planned(st.budget or BUDGET, st.recompute, probe.Need(), True), 0
+        if meter is not None:
+            total = meter.total()
+            lengths = sorted((len(s.tokens) for s in self.train_set), reverse=True)
+            planned = probe.Probe(
+                meter,
+                lambda tokens: self._pass(tokens, lengths[0]),
+                lambda: memory.release(device),
+                lambda: memory.recompute(base),
+                self.stop.check,
+                self.optimizer.missing(),
+            ).plan(lengths[0], sum(lengths[: self.h.batch_size]), st.recompute)
+            self._say_planned(planned, total)
+        # A resumed run keeps what it had if that fits here too: so it stays exact.
+        if not st.budget or st.budget > planned.budget or st.recompute != planned.recompute:
+            st.budget, st.recompute = planned.budget, planned.recompute
+        if not self.optimizer.updates:
+            self.optimizer.begin()
+        return probe.describe(planned.need, self.model, moments, st.budget, st.recompute, total)
+
+    def _pass(self, tokens: int, longest: int) -> None:
+        """One forward and backward pass that changes nothing."""
+        devices = [torch.cuda.current_device()] if self.plan.device == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.model.train()
+            try:
+                some = probe.documents(self.train_set, tokens, longest)
+                self.forward.nll(some).backward()
+                self.emit.alive()
+            finally:
+                self.optimizer.zero_grad()
+
+    def _say_planned(self, planned: probe.Planned, total: int) -> None:
+        """Tell the user when memory is tight."""
+        need = planned.need.of(planned.budget) / memory.GIB
+        if not planned.fits:
+            said = f"{planned.budget:,} tokens, the longest example, may not fit: they need"
+            said = f"{said} {need:.1f} GiB of the {total / memory.GIB:.0f} of the device"
+            self.emit.log("warn", said, "memory_tight")
+        elif planned.recompute and not self.state.recompute:
+            self.emit.log(
+                "info", "activations are recomputed: they do not fit otherwise", "memory_recompute"
+            )
 
     def _resume(self) -> None:
         if self.plan.resume_from is None:
@@ -209,16 +259,10 @@ class _Trainer:
         self.best = load_tensors(kept.read_bytes()) if kept.is_file() else {}
         if self.state.best.step == self.state.step:
             self.best = adapter
-        self.optimizer.state.clear()
+        self.optimizer.restore(moments, updates)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(adapter[name])
-                if updates:
-                    self.optimizer.state[p] = {
-                        "step": torch.tensor(float(updates)),
-                        "exp_avg": moments[f"{name}.exp_avg"].to(p.device),
-                        "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(p.device),
-                    }
         self.good, self.saved_step = found.path, self.state.step
         self.emit.step_now = self.emit.last_checkpoint_step = self.state.step
 
@@ -288,7 +332,7 @@ class _Trainer:
             self.state = _State(base_validation_loss=was.base_validation_loss)
             self.history = History()
             self.best = {}
-            self.optimizer.state.clear()
+            self.optimizer.begin()
             with torch.no_grad():
                 for name, p in self.parameters.items():
                     p.copy_(self.beginning[name])
@@ -317,12 +361,9 @@ class _Trainer:
         peak = self.h.learning_rate * self.state.rate_factor
         rate = schedule.learning_rate(peak, step, self.total, self.h.warmup_steps)
         self.emit.expect(self.pace.allowed(tokens))
-        loss, norm = self._fitting(batch, lambda: self._gradients(step, batch, loss_tokens))
+        loss, norm = self._fitting(batch, lambda: self._update(step, batch, loss_tokens, rate))
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            for settings in self.optimizer.param_groups:
-                settings["lr"] = rate
-            self.optimizer.step()
+        self.optimizer.settle(finite)
         seconds = self.clock.monotonic() - began
         self._account(step, loss, finite, tokens, seconds)
         self._tell(
@@ -341,11 +382,27 @@ class _Trainer:
         if not finite:
             self.emit.log("warn", f"step {step} is not finite and is skipped", "nonfinite_skipped")
 
-    def _gradients(self, step: int, batch: list[Sequence], loss_tokens: int) -> tuple[float, float]:
-        """Fill the gradients of a step, clipped; its loss and their norm."""
+    def _update(
+        self, step: int, batch: list[Sequence], loss_tokens: int, rate: float
+    ) -> tuple[float, float]:
+        """Do the work of a step; its loss and the norm of its gradients.
+
+        A step that is not finite changes nothing: the device sees to that.
+        """
+        total, norm = self._gradients(step, batch, loss_tokens)
+        both = torch.stack([total, norm.double()])
+        self.optimizer.step(rate, 1 - both.isfinite().all().float())
+        # The only place in a step where the host waits for the device.
+        loss, length = both.tolist()
+        return loss, length
+
+    def _gradients(
+        self, step: int, batch: list[Sequence], loss_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill the gradients of a step, clipped; its loss and their norm, on the device."""
         torch.manual_seed(schedule.step_seed(self.h.seed, step))
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
         for group in self.forward.groups([len(s.tokens) for s in batch], self.state.budget):
             self.stop.check()
@@ -353,10 +410,7 @@ class _Trainer:
             part.backward()
             total += part.detach()
             self.emit.alive()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
-        # The only place in a step where the host waits for the device.
-        loss, length = torch.stack([total, norm.double()]).tolist()
-        return loss, length
+        return total, torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
 
     def _fitting(self, batch: list[Sequence], work: Callable[[], T]) -> T:
         """Do the work again in smaller pieces for as long as memory runs out."""
@@ -367,7 +421,7 @@ class _Trainer:
                 if not is_out_of_memory(e):
                     raise
             # Only outside of the block does nothing hold the tensors of the failed try.
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             memory.release(self.plan.device)
             self._lower([len(s.tokens) for s in batch])
 
@@ -421,19 +475,20 @@ class _Trainer:
         return self._fitting(self.held_set, self._held_loss)
 
     def _held_loss(self) -> float:
+        return self._mean_loss(self.held_set)
+
+    def _mean_loss(self, those: list[Sequence]) -> float:
+        """Mean loss of a trained token without training on it."""
         self.model.eval()
-        total, count = 0.0, 0
+        total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
+        lengths = [len(s.tokens) for s in those]
+        self.emit.expect(self.pace.allowed(sum(lengths)))
         with torch.no_grad():
-            for group in self.forward.groups(
-                [len(s.tokens) for s in self.held_set], self.state.budget
-            ):
+            for group in self.forward.groups(lengths, self.state.budget):
                 self.stop.check()
-                work = sum(len(self.held_set[i].tokens) for i in group)
-                self.emit.expect(self.pace.allowed(work))
-                total += self.forward.nll([self.held_set[i] for i in group]).item()
-                count += sum(self.held_set[i].loss_tokens for i in group)
+                total += self.forward.nll([those[i] for i in group])
                 self.emit.alive()
-        return total / count
+        return total.item() / sum(s.loss_tokens for s in those)
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at the ends of epochs and between; after a resume what was missed."""
@@ -459,7 +514,7 @@ class _Trainer:
             perplexity=_perplexity(loss),
             tokens=sum(len(s.tokens) for s in self.held_set),
             loss=self.state.loss,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=self.optimizer.rate,
         )
         if self.state.step < self.total:
             self.emit.stage("training")
@@ -484,14 +539,9 @@ class _Trainer:
         """Write and announce a checkpoint of the last whole step."""
         stage, step = self.emit.stage_now, self.state.step
         self.emit.stage("saving")
-        moments, updates = {}, 0
-        for name, p in self.parameters.items():
-            if s := self.optimizer.state.get(p):
-                moments[f"{name}.exp_avg"] = s["exp_avg"].cpu().contiguous()
-                moments[f"{name}.exp_avg_sq"] = s["exp_avg_sq"].cpu().contiguous()
-                updates = int(s["step"])
+        moments = {n: t.cpu().contiguous() for n, t in self.optimizer.moments().items()}
         adapter = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
-        state = {**asdict(self.state), "updates": updates}
+        state = {**asdict(self.state), "updates": self.optimizer.updates}
         files = {
             "adapter.safetensors": save_tensors(adapter),
             "optimizer.safetensors": save_tensors(moments),
@@ -575,11 +625,9 @@ class _Trainer:
         """Have a fresh process read the adapter and find the same loss."""
         those = self.held_set or self.train_set
         batch = [those[i] for i in reload.batch_of([len(s.tokens) for s in those])]
-        self.model.eval()
-        with torch.no_grad():
-            expected = self.forward.nll(batch).item() / sum(s.loss_tokens for s in batch)
+        expected = self._fitting(batch, lambda: self._mean_loss(batch))
         if self.plan.device == "cuda":  # the other process needs the room
-            self.optimizer.state.clear()
+            self.optimizer.close()
             self.model.to("meta")
             torch.cuda.empty_cache()
 

@@ -39,7 +39,8 @@ FIELDS = {
     "hello": "trainer backend python libraries device pid",
     "stage": "stage",
     "plan": "total_steps epochs start_step examples validation_examples sequences"
-    " tokens_per_epoch loss_tokens_per_epoch trainable_parameters data_sha256 base_model",
+    " tokens_per_epoch loss_tokens_per_epoch trainable_parameters data_sha256 base_model"
+    " memory_plan",
     "sample": "step epoch loss learning_rate grad_norm tokens loss_tokens tokens_per_second"
     " seconds skipped",
     "eval": "step epoch validation_loss perplexity tokens loss learning_rate",

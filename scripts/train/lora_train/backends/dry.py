@@ -73,6 +73,15 @@ class _Player:
             trainable_parameters=ADAPTER_BYTES // 4,
             data_sha256=self.plan.data.sha256,
             base_model=self.plan.base_model.name,
+            memory_plan={
+                "weights": 0,
+                "adapter": 2 * ADAPTER_BYTES,
+                "optimizer": 2 * ADAPTER_BYTES,
+                "bytes_per_token": 0,
+                "budget_tokens": self.h.batch_size * TOKENS_PER_EXAMPLE,
+                "recompute": False,
+                "device_total": 0,
+            },
         )
 
     def _resume(self) -> None:

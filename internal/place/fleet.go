@@ -66,6 +66,7 @@ type pool struct {
 type device struct {
 	uuid string
 	at   int          // in Host.Devices and Host.Links
+	node int          // of its host's memory
 	busy bool         // somebody has it
 	run  *run         // that has it, nil if it is unknown or was just assigned
 	ends time.Time    // when it is expected free, if busy; zero: unknown
@@ -222,7 +223,7 @@ func (s *state) poolDevices() map[string]int {
 				continue
 			}
 			at[dev.UUID] = len(s.pools) - 1
-			p.devices = append(p.devices, &device{uuid: dev.UUID, at: j, busy: dev.Busy})
+			p.devices = append(p.devices, &device{uuid: dev.UUID, at: j, node: dev.Node, busy: dev.Busy})
 		}
 	}
 	return at

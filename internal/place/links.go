@@ -11,7 +11,7 @@ const exactly = 16
 
 // choose picks k of the devices that are eligible: those with the best links
 // among each other, then those that leave the best links among the rest, then
-// the first by UUID.
+// those on the fewest NUMA nodes, then the first by UUID.
 func (p *pool) choose(k int, eligible func(*device) bool) []*device {
 	var from []*device
 	for _, d := range p.devices {
@@ -19,10 +19,14 @@ func (p *pool) choose(k int, eligible func(*device) bool) []*device {
 			from = append(from, d)
 		}
 	}
-	if p.links == nil || k == len(from) {
+	apart := slices.ContainsFunc(from, func(d *device) bool { return d.node != from[0].node })
+	if k == len(from) || p.links == nil && !apart {
 		return from[:k]
 	}
-	weight := func(a, b *device) int { return p.links[a.at][b.at] }
+	weight := func(_, _ *device) int { return 0 }
+	if p.links != nil {
+		weight = func(a, b *device) int { return p.links[a.at][b.at] }
+	}
 	sums := make([]int, len(from)) // of each device's links to the others
 	even := true
 	for i, a := range from {
@@ -34,7 +38,7 @@ func (p *pool) choose(k int, eligible func(*device) bool) []*device {
 		}
 	}
 	switch {
-	case even:
+	case even && !apart:
 		return from[:k]
 	case len(from) > exactly:
 		return peel(from, k, weight, sums)
@@ -43,7 +47,8 @@ func (p *pool) choose(k int, eligible func(*device) bool) []*device {
 	// the total does not change: the less the chosen were linked to the rest,
 	// the better.
 	var best uint32
-	most, lost := 0, 0
+	most, lost, over := 0, 0, 0
+	nodes := nodesOf(from)
 	for set, end := uint32(1)<<k-1, uint32(1)<<len(from); set < end; set = following(set) {
 		inside, all := 0, 0
 		for m := set; m != 0; m &= m - 1 {
@@ -53,8 +58,11 @@ func (p *pool) choose(k int, eligible func(*device) bool) []*device {
 				inside += weight(from[i], from[bits.TrailingZeros32(o)])
 			}
 		}
-		if best == 0 || inside > most || inside == most && all < lost {
-			best, most, lost = set, inside, all
+		if best != 0 && (inside < most || inside == most && all > lost) {
+			continue
+		}
+		if n := spread(nodes, set); best == 0 || inside > most || all < lost || n < over {
+			best, most, lost, over = set, inside, all, n
 		}
 	}
 	var out []*device
@@ -64,6 +72,32 @@ func (p *pool) choose(k int, eligible func(*device) bool) []*device {
 		}
 	}
 	return out
+}
+
+// nodesOf gives the devices of each NUMA node as a set.
+func nodesOf(from []*device) []uint32 {
+	at := map[int]int{}
+	var sets []uint32
+	for i, d := range from {
+		n, known := at[d.node]
+		if !known {
+			n = len(sets)
+			at[d.node] = n
+			sets = append(sets, 0)
+		}
+		sets[n] |= 1 << i
+	}
+	return sets
+}
+
+// spread is on how many nodes a set is.
+func spread(nodes []uint32, set uint32) (n int) {
+	for _, node := range nodes {
+		if node&set != 0 {
+			n++
+		}
+	}
+	return n
 }
 
 // following is the next larger number with as many bits (Gosper's hack).

@@ -77,6 +77,7 @@ type Device struct {
 	MemoryBytes int64
 	Fault       string // why it must not be used; empty: fit
 	Busy        bool   // held by somebody, whether or not Running shows it
+	Node        int    // NUMA node; only whether two are the same matters
 }
 
 // Host is an agent.

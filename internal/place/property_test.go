@@ -391,13 +391,27 @@ func TestTheBestLinkedSetIsChosen(t *testing.T) {
 				h.Links[a][b], h.Links[b][a] = w, w
 			}
 		}
+		if rapid.Bool().Draw(t, "all to all") { // through switches
+			for a := range n {
+				for b := range n {
+					h.Links[a][b] = 100
+				}
+			}
+		}
+		for a := range n {
+			h.Devices[a].Node = rapid.IntRange(0, 2).Draw(t, "node")
+		}
 		r := place.Place(place.Input{Now: now, Jobs: []place.Job{want("j", "H100", k)}, Hosts: []place.Host{h}})
 		if len(r.Assignments) != 1 {
 			t.Fatalf("%+v", r)
 		}
-		// within and among the rest, of a set as bits
-		links := func(set int) (within, rest int) {
+		// within, among the rest, and nodes, of a set as bits
+		links := func(set int) (within, rest, nodes int) {
+			on := map[int]bool{}
 			for a := range n {
+				if set&(1<<a) != 0 {
+					on[h.Devices[a].Node] = true
+				}
 				for b := range a {
 					switch {
 					case set&(1<<a) != 0 && set&(1<<b) != 0:
@@ -407,7 +421,7 @@ func TestTheBestLinkedSetIsChosen(t *testing.T) {
 					}
 				}
 			}
-			return within, rest
+			return within, rest, len(on)
 		}
 		got := 0
 		for i, d := range h.Devices {
@@ -415,7 +429,7 @@ func TestTheBestLinkedSetIsChosen(t *testing.T) {
 				got |= 1 << i
 			}
 		}
-		within, rest := links(got)
+		within, rest, nodes := links(got)
 		for set := range 1 << n {
 			size := 0
 			for a := range n {
@@ -424,8 +438,8 @@ func TestTheBestLinkedSetIsChosen(t *testing.T) {
 			if size != k {
 				continue
 			}
-			if w, r := links(set); w > within || w == within && r > rest {
-				t.Fatalf("%b has %d within and %d among the rest; %b has %d and %d", got, within, rest, set, w, r)
+			if w, r, n := links(set); w > within || w == within && (r > rest || r == rest && n < nodes) {
+				t.Fatalf("%b has %d within and %d among the rest, on %d nodes; %b has %d and %d, on %d", got, within, rest, nodes, set, w, r, n)
 			}
 		}
 	})

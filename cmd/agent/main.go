@@ -180,7 +180,8 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		return err
 	}
 	defer st.Close()
-	bucket, err := storage.Open(storage.Config{URL: s.SupabaseURL})
+	m := metrics.NewAgent(version)
+	bucket, err := storage.Open(storage.Config{URL: s.SupabaseURL, Retried: m.Retried})
 	if err != nil {
 		return err
 	}
@@ -193,7 +194,6 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
-	m := metrics.NewAgent(version)
 	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Generation: generation, Hostname: hostname, Version: version, BaseModels: models, Labels: labels}
 	for _, d := range devices {
 		self.Devices = append(self.Devices, store.Device(d))
@@ -222,6 +222,9 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		},
 	})
 	streams.Look = a.Look
+	m.ReadDevices(a.Readings)
+	m.ReadJobs(a.Standings)
+	m.ReadStreams(streams.Connected)
 	log.InfoContext(ctx, "agent starts", "version", version, "devices", len(devices), "pretend", s.PretendGPUs > 0)
 	restart := false
 	err = daemon.Run(ctx, log,

@@ -71,6 +71,9 @@ type Parts struct {
 	// Dispatchers hears where the dispatchers' presence streams are, at every
 	// renewal; nil hears nothing.
 	Dispatchers func([]string)
+	// Reading fills in what is known of a device, from what was read last; nil
+	// knows no more than the agent. It must not wait for a driver.
+	Reading func(*metrics.Device)
 	// Jitter turns a pause into the one that is made; nil leaves it. The
 	// simulation gives every pause a moment of its own.
 	Jitter func(time.Duration) time.Duration
@@ -114,6 +117,7 @@ type held struct {
 	cancel  context.CancelCauseFunc
 	started time.Time
 	live    *attempt.Live
+	as      job.Assignment
 }
 
 // drain is the wish that an agent takes nothing new and lets go of what it
@@ -302,6 +306,7 @@ func (a *Agent) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.Metrics.LastRenewal.Set(float64(sent.UnixMilli()) / 1000)
 	a.mu.Lock()
 	a.inTouch = sent
 	a.mu.Unlock()
@@ -389,6 +394,7 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 		return err
 	}
 	a.Metrics.Accepts.WithLabelValues("accepted").Inc()
+	a.Metrics.Skew.Set(as.Skew.Seconds())
 	a.Log.Info("attempt accepted", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "device", as.Devices)
 	a.begin(as, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Run(ctx, as, live) })
 	return nil
@@ -423,7 +429,7 @@ func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.
 	live.Free = func() { a.Ledger.Release(res) }
 	a.mu.Lock()
 	live.Extend(a.Config.OutOfTouch - time.Since(a.inTouch))
-	a.running[as.Ref] = &held{cancel: cancel, started: time.Now(), live: live}
+	a.running[as.Ref] = &held{cancel: cancel, started: time.Now(), live: live, as: as}
 	if a.drain.on() && !time.Now().Before(a.drain.by) {
 		cancel(attempt.ErrPreempted)
 	}
@@ -451,6 +457,7 @@ func (a *Agent) gauges() {
 	n := len(a.running)
 	a.mu.Unlock()
 	a.Metrics.Running.Set(float64(n))
+	a.Metrics.Tick()
 	free := len(a.Ledger.Free())
 	unfit := 0
 	for _, d := range a.Self.Devices {

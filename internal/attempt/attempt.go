@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"sync"
@@ -85,9 +86,12 @@ type run struct {
 	takes int64     // bytes that Storage takes as one object, 0: not known
 	heard uint64    // the last of the trainer's events that was dealt with
 	freed time.Time // when its devices were; zero: not yet
+	began time.Time // in this process
 
 	mu        sync.Mutex
 	published int // step of the newest checkpoint in Storage
+	standing  Standing
+	account   account
 }
 
 // Run carries out as until it is settled or lost. ctx ends it early; its cause
@@ -123,7 +127,7 @@ func (r *Runner) Resume(ctx context.Context, l Left, live *Live) error {
 
 func (r *Runner) run(as job.Assignment, live *Live, dir string) *run {
 	return &run{
-		Runner: r, as: as, live: live, dir: dir,
+		Runner: r, as: as, live: live, dir: dir, began: time.Now(), standing: Standing{Loss: math.NaN(), TokensPerSecond: math.NaN()},
 		log: r.Log.With("job", as.Ref.Job, "attempt", as.Ref.Attempt), stage: stageClock{metrics: r.Metrics},
 	}
 }
@@ -149,6 +153,8 @@ func (x *run) carry(ctx context.Context, work func(context.Context) (*job.Result
 	defer sp.Close()
 	x.ship = ship.New(x.as.Ref, sp, x.Store, store.IsData, x.Metrics, x.log)
 	x.ship.Skew = x.as.Skew
+	x.live.tells(x.stands)
+	defer x.live.tells(nil)
 	defer x.stage.end()
 
 	// The shipper outlives the attempt's context: what was said is carried out
@@ -172,6 +178,7 @@ func (x *run) carry(ctx context.Context, work func(context.Context) (*job.Result
 	}
 	x.live.free()
 	x.freed = time.Now()
+	x.close(err == nil)
 	return x.settle(lost, result, err)
 }
 

@@ -72,7 +72,8 @@ func (x *run) look(ctx context.Context, bucket, key string, after int) (*store.G
 // download fetches the object that g grants; a file of another digest than
 // want, where that is known, is none.
 func (x *run) download(ctx context.Context, g *store.Grant, bucket, key, to, want string) (storage.Object, error) {
-	return x.Storage.DownloadSigned(ctx, g.URL, to, want, func(ctx context.Context) (string, error) {
+	began := time.Now()
+	obj, err := x.Storage.DownloadSigned(ctx, g.URL, to, want, func(ctx context.Context) (string, error) {
 		next, err := x.look(ctx, bucket, key, g.Serial)
 		if err != nil {
 			return "", err
@@ -80,10 +81,30 @@ func (x *run) download(ctx context.Context, g *store.Grant, bucket, key, to, wan
 		g = next
 		return g.URL, nil
 	})
+	x.carried(ctx, "download", began, obj, err)
+	return obj, err
+}
+
+// carried counts a transfer; one that was called off is none.
+func (x *run) carried(ctx context.Context, way string, began time.Time, obj storage.Object, err error) {
+	switch {
+	case err == nil:
+		x.Metrics.StorageSeconds.WithLabelValues(way).Observe(time.Since(began).Seconds())
+		x.Metrics.StorageBytes.WithLabelValues(way).Add(float64(obj.Bytes))
+	case ctx.Err() == nil:
+		x.Metrics.StorageErrors.WithLabelValues(way).Inc()
+	}
 }
 
 // send uploads a file under a key of this attempt.
 func (x *run) send(ctx context.Context, bucket, key, from, digest string) (storage.Object, error) {
+	began := time.Now()
+	obj, err := x.sendOnce(ctx, bucket, key, from, digest)
+	x.carried(ctx, "upload", began, obj, err)
+	return obj, err
+}
+
+func (x *run) sendOnce(ctx context.Context, bucket, key, from, digest string) (storage.Object, error) {
 	name := sha256.Sum256([]byte(key))
 	o := storage.Options{ContentType: contentType(key), SHA256: digest, Note: filepath.Join(x.dir, "upload-"+hex.EncodeToString(name[:8]))}
 	serial := 0

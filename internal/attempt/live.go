@@ -19,9 +19,10 @@ type Live struct {
 	// does not stop. The simulation brings its own.
 	Clock func() time.Duration
 
-	mu    sync.Mutex
-	until time.Duration // on the clock
-	child Child
+	mu       sync.Mutex
+	until    time.Duration // on the clock
+	child    Child
+	standing func() Standing // nil: nothing is known yet
 }
 
 // Child is a trainer with a deadline; *trainer.Run is one, the simulation

@@ -142,6 +142,7 @@ func (x *run) hear(e trainer.Event, saved *latest) {
 			x.enter(st)
 		}
 	}
+	x.reckon(e)
 	if changed := x.board.hear(e.Event); e.Old {
 		return
 	} else if changed {
@@ -166,6 +167,9 @@ func (x *run) hear(e trainer.Event, saved *latest) {
 // enter records that the attempt is in a stage now.
 func (x *run) enter(s job.Stage) {
 	x.stage.enter(s)
+	x.mu.Lock()
+	x.standing.Stage = s
+	x.mu.Unlock()
 	x.ship.Show(x.board.progress(s))
 }
 
@@ -307,6 +311,7 @@ func (x *run) uploadCheckpoints(ctx context.Context, saved *latest) error {
 			return err
 		}
 		if err != nil && ctx.Err() == nil {
+			x.Metrics.Checkpoints.WithLabelValues("failed").Inc()
 			x.log.WarnContext(ctx, "checkpoint not uploaded", "step", e.Step, "err", err)
 			x.ship.Say("warn", fmt.Sprintf("the checkpoint of step %d could not be uploaded", e.Step), "checkpoint_not_uploaded")
 		}
@@ -327,9 +332,8 @@ func (x *run) uploadCheckpoint(ctx context.Context, e *wire.Event) error {
 	if err := x.addCheckpoint(ctx, c); err != nil {
 		return err
 	}
-	x.mu.Lock()
-	x.published = max(x.published, c.Step)
-	x.mu.Unlock()
+	x.kept(c.Step)
+	x.Metrics.Checkpoints.WithLabelValues("published").Inc()
 	x.log.InfoContext(ctx, "checkpoint published", "step", c.Step, "bytes", c.Bytes())
 	return nil
 }

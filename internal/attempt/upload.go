@@ -40,7 +40,6 @@ func (x *run) put(ctx context.Context, dir, folder string, files []wire.File) ([
 			if f.SHA256 != "" && obj.SHA256 != f.SHA256 {
 				return fmt.Errorf("upload %s: its digest is %s, the trainer recorded %s", f.Name, obj.SHA256, f.SHA256)
 			}
-			x.Metrics.StorageBytes.WithLabelValues("upload").Add(float64(obj.Bytes))
 			out[i] = job.File{Name: f.Name, Bytes: obj.Bytes, SHA256: obj.SHA256}
 			return nil
 		})

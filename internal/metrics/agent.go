@@ -23,7 +23,6 @@ type Agent struct {
 	RenewSeconds prometheus.Histogram   // of one renewal
 	LastRenewal  prometheus.Gauge       // Unix time
 	Skew         prometheus.Gauge       // seconds, the database's clock minus this host's
-	Streams      prometheus.Gauge       // dispatchers that have this agent's presence stream
 	QueueGate    prometheus.Gauge       // 1: tasks come by wake-up; 0: by polling, or Redis was never there
 
 	SinkErrors    prometheus.Counter   // batches that the database did not take
@@ -47,6 +46,7 @@ type Agent struct {
 	devices func() []Device
 	jobs    func() []Job
 	clock   *stateClock
+	streams *read
 }
 
 // GPU holds the instruments of those who watch the devices.
@@ -98,7 +98,7 @@ func NewAgent(version string) *Agent {
 	m.RenewSeconds = s.histogram("lorayard_agent_renewal_seconds", "Time that one renewal took.", moments)
 	m.LastRenewal = s.gauge("lorayard_agent_last_renewal_timestamp_seconds", "When the last renewal that was answered was sent.")
 	m.Skew = s.gauge("lorayard_agent_clock_skew_seconds", "The database's clock minus this host's, as measured at the last accept.")
-	m.Streams = s.gauge("lorayard_agent_presence_streams", "Dispatchers that have this agent's presence stream.")
+	m.streams = s.gaugeRead("lorayard_agent_presence_streams", "Dispatchers that have this agent's presence stream.")
 	m.QueueGate = s.gauge("lorayard_agent_queue_gate_active", "1 while tasks come by wake-up; 0 while Redis is polled, because Asynq changed, or was not reached yet.")
 
 	m.SinkErrors = s.counter("lorayard_agent_sink_errors_total", "Batches that could not be written; they are tried again.")
@@ -148,6 +148,14 @@ func newGPU(s *set) (m GPU) {
 // Handler serves the agent's metrics.
 func (m *Agent) Handler() http.Handler { return m.set.handler() }
 
+// Retried counts a call of Storage that is tried again; what is neither an
+// upload nor a download is not an agent's to make.
+func (m *Agent) Retried(op string) {
+	if op == "upload" || op == "download" {
+		m.StorageRetries.WithLabelValues(op).Inc()
+	}
+}
+
 // ReadDevices says where the newest readings of the devices are. It is called at
 // each scrape and must not wait for a driver.
 func (m *Agent) ReadDevices(from func() []Device) {
@@ -162,6 +170,10 @@ func (m *Agent) ReadJobs(from func() []Job) {
 	defer m.mu.Unlock()
 	m.jobs = from
 }
+
+// ReadStreams says how many dispatchers have this agent's presence stream,
+// likewise.
+func (m *Agent) ReadStreams(from func() int) { m.streams.from.Store(&from) }
 
 // Tick charges the time since the last tick to the states that the devices were
 // in. It is to be called when one of them changes its state; each scrape does it

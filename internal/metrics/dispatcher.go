@@ -8,7 +8,8 @@ import (
 
 // Dispatcher holds the dispatcher's instruments.
 type Dispatcher struct {
-	set *set
+	set     *set
+	streams *read
 
 	Leader      prometheus.Gauge
 	Rounds      *prometheus.CounterVec // result
@@ -25,7 +26,6 @@ type Dispatcher struct {
 	Reaped      prometheus.Counter
 	Jobs        *prometheus.GaugeVec // state: queued, assigned, accepted
 	HostsTaking prometheus.Gauge
-	Streams     prometheus.Gauge       // presence streams of agents
 	Lost        prometheus.Counter     // presence streams that ended and did not come back
 	Deaths      *prometheus.CounterVec // result
 
@@ -77,7 +77,7 @@ func NewDispatcher(version string) *Dispatcher {
 	m.Reaped = s.counter("lorayard_dispatcher_reaped_total", "Attempts lost with their agent.")
 	m.Jobs = s.gaugeVec("lorayard_dispatcher_jobs", "Jobs that are not settled, by control state.", label("state", "queued", "assigned", "accepted"))
 	m.HostsTaking = s.gauge("lorayard_dispatcher_hosts", "Hosts that take work.")
-	m.Streams = s.gauge("lorayard_dispatcher_presence_streams", "Agents that have a presence stream to this process.")
+	m.streams = s.gaugeRead("lorayard_dispatcher_presence_streams", "Agents that have a presence stream to this process.")
 	m.Lost = s.counter("lorayard_dispatcher_presence_losses_total", "Presence streams that ended and did not come back in time.")
 	m.Deaths = s.counterVec("lorayard_dispatcher_death_reports_total", "Reports of shims that their agent died, by result.", result("believed", "refused", "error"))
 
@@ -100,6 +100,10 @@ func NewDispatcher(version string) *Dispatcher {
 	m.LedgerChecked = s.gauge("lorayard_ledger_last_check_timestamp_seconds", "When the ledger was last checked.")
 	return m
 }
+
+// ReadStreams says how many agents have a presence stream to this process. It is
+// called at each scrape.
+func (m *Dispatcher) ReadStreams(from func() int) { m.streams.from.Store(&from) }
 
 // Handler serves the dispatcher's metrics.
 func (m *Dispatcher) Handler() http.Handler { return m.set.handler() }

@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -115,6 +116,21 @@ func (s *set) gauge(name, help string) prometheus.Gauge {
 	g := prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
 	s.reg.MustRegister(g)
 	return g
+}
+
+// read is a gauge that is asked for at each scrape; 0 while nobody can say.
+type read struct{ from atomic.Pointer[func() int] }
+
+func (s *set) gaugeRead(name, help string) *read {
+	s.note(Gauge, name, help, nil)
+	r := &read{}
+	s.reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
+		if from := r.from.Load(); from != nil {
+			return float64((*from)())
+		}
+		return 0
+	}))
+	return r
 }
 
 func (s *set) gaugeVec(name, help string, ls ...dimension) *prometheus.GaugeVec {

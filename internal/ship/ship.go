@@ -160,6 +160,21 @@ func (s *Shipper) Flush(ctx context.Context) error {
 	return nil
 }
 
+// Waiting is what is not in the sink yet, and since when the oldest of it waits;
+// zero when nothing does.
+func (s *Shipper) Waiting() (records int, bytes int64, since time.Time) {
+	records, bytes = s.spool.Pending()
+	if records == 0 {
+		return 0, bytes, since
+	}
+	recs, err := s.spool.Read(s.spool.Acked(), 1)
+	var e wire.Event
+	if err == nil && len(recs) == 1 && json.Unmarshal(recs[0].Data, &e) == nil {
+		since = e.At()
+	}
+	return records, bytes, since
+}
+
 func (s *Shipper) pending() int {
 	n, _ := s.spool.Pending()
 	return n
@@ -224,7 +239,9 @@ func (s *Shipper) write(ctx context.Context, recs []spool.Record, p *job.Progres
 	// A connection that went silent must not hold the spool for as long as the
 	// kernel takes to notice.
 	call, cancel := context.WithTimeout(ctx, appendLimit)
+	sent := time.Now()
 	err := s.sink.Append(call, s.ref, samples, lines, p)
+	s.metrics.SinkSeconds.Observe(time.Since(sent).Seconds())
 	cancel()
 	if err == nil {
 		return s.ack(recs)

@@ -227,6 +227,7 @@ func (p *pacer) pause(ctx context.Context, e *Error) error {
 	if p.failures >= p.c.attempts || e.RetryAfter > maxRetryAfter {
 		return e
 	}
+	p.c.retried(e.Op)
 	t := time.NewTimer(max(p.delay(), e.RetryAfter))
 	defer t.Stop()
 	select {

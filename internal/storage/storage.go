@@ -66,6 +66,9 @@ type Config struct {
 	// Backoff is the wait after the first failure; it doubles up to 10 s, less
 	// a random part; 0 means 200 ms.
 	Backoff time.Duration
+	// Retried, if not nil, hears of each call that failed and is tried again, by
+	// what it does: upload, download, list, sign ... It must not block.
+	Retried func(op string)
 }
 
 // Client talks to one store. It is safe for use by many goroutines.
@@ -78,6 +81,7 @@ type Client struct {
 	call     time.Duration
 	attempts int
 	backoff  time.Duration
+	retried  func(op string)
 }
 
 // Object names one stored file and what was proven about it.
@@ -108,6 +112,10 @@ func Open(c Config) (*Client, error) {
 		call:     orDefault(c.CallTimeout, defaultCall),
 		attempts: orDefault(c.Attempts, defaultAttempts),
 		backoff:  orDefault(c.Backoff, defaultBackoff),
+		retried:  c.Retried,
+	}
+	if cl.retried == nil {
+		cl.retried = func(string) {}
 	}
 	cl.http = &http.Client{
 		Transport: &http.Transport{

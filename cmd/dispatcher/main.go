@@ -26,6 +26,7 @@ import (
 	"lorayard/internal/storage"
 	"lorayard/internal/store"
 	"lorayard/internal/vet"
+	"lorayard/internal/watch"
 )
 
 // version is set by the linker.
@@ -215,16 +216,18 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 	made.Datasets = vetter.Wake
 	d := dispatch.New(made)
 	if streams != nil {
-		streams.Verify, streams.Died = verify(st), died(st, log)
+		streams.Verify, streams.Died = verify(st), died(st, m, log)
+		m.ReadStreams(func() int { return len(streams.Present()) })
 		streams.Connected, streams.Gone = d.Back, d.Gone
 	}
+	watcher := &watch.Watch{Store: st, Metrics: m, Log: log, Leads: d.Leads}
 	ready := func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()
 		return st.Ping(ctx)
 	}
 	log.InfoContext(ctx, "dispatcher starts", "version", version, "base_models", s.BaseModels, "presence", self.Address)
-	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run}, daemon.Part{Name: "grants", Run: minter.Run}, daemon.Part{Name: "data sets", Run: vetter.Run}, daemon.Part{Name: "retention", Run: keeper.Run})...)
+	parts = append([]daemon.Part{daemon.Ops(s.OpsAddr, m.Handler(), ready)}, append(parts, daemon.Part{Name: "dispatch", Run: d.Run}, daemon.Part{Name: "grants", Run: minter.Run}, daemon.Part{Name: "data sets", Run: vetter.Run}, daemon.Part{Name: "retention", Run: keeper.Run}, daemon.Part{Name: "watch", Run: watcher.Run})...)
 	return daemon.Run(ctx, log, parts...)
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"lorayard/internal/daemon"
 	"lorayard/internal/job"
+	"lorayard/internal/metrics"
 	"lorayard/internal/presence"
 	"lorayard/internal/store"
 )
@@ -67,18 +68,22 @@ func verify(st *store.Store) func(ctx context.Context, agent, boot string) error
 	}
 }
 
-func died(st *store.Store, log *slog.Logger) func(context.Context, presence.Death) error {
+func died(st *store.Store, m *metrics.Dispatcher, log *slog.Logger) func(context.Context, presence.Death) error {
 	return func(ctx context.Context, d presence.Death) error {
 		ref := job.Ref{Job: d.Job, Attempt: d.Attempt, Nonce: d.Nonce}
 		ok, err := st.ReportDeath(ctx, d.Agent, d.Boot, ref, d.Message)
 		switch {
 		case err != nil && store.IsData(err):
+			m.Deaths.WithLabelValues("refused").Inc()
 			return errors.Join(presence.ErrRefused, err)
 		case err != nil:
+			m.Deaths.WithLabelValues("error").Inc()
 			return err
 		case !ok:
+			m.Deaths.WithLabelValues("refused").Inc()
 			return fmt.Errorf("%w: the attempt is not that agent's any more", presence.ErrRefused)
 		}
+		m.Deaths.WithLabelValues("believed").Inc()
 		log.WarnContext(ctx, "attempt lost: its shim reports that the agent died", "job", ref.Job, "attempt", ref.Attempt, "agent", d.Agent)
 		return nil
 	}

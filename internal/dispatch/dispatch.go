@@ -98,6 +98,7 @@ type Dispatcher struct {
 	news      atomic.Bool   // the queue may be other than we know
 	cancelled atomic.Bool   // a job without an attempt was cancelled
 	stale     atomic.Bool   // what is known of hosts is
+	leads     atomic.Bool
 
 	mu   sync.Mutex
 	gone map[string]string // agent → boot: its presence stream ended and did not come back
@@ -153,8 +154,13 @@ var errDeposed = errors.New("the term is over")
 // else every Poll.
 func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 	d.Log.InfoContext(ctx, "leading", "term", term)
+	d.leads.Store(true)
+	defer d.leads.Store(false)
 	d.Metrics.Leader.Set(1)
 	defer d.Metrics.Leader.Set(0)
+	// A standby knows nothing of the queue; what it once knew must not stay.
+	defer d.Metrics.Waiting.Reset()
+	defer d.Metrics.OldestAge.Reset()
 	ctx, depose := context.WithCancelCause(ctx)
 	defer depose(nil)
 	var keeper sync.WaitGroup
@@ -178,6 +184,7 @@ func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 			d.Log.WarnContext(ctx, "round not finished", "err", err)
 		} else {
 			d.Metrics.Rounds.WithLabelValues("ok").Inc()
+			d.Metrics.LastRound.SetToCurrentTime()
 		}
 		took := time.Since(start)
 		d.Metrics.RoundSecs.Observe(took.Seconds())
@@ -287,6 +294,9 @@ func (d *Dispatcher) heed(payload string) {
 	d.Wake()
 }
 
+// Leads reports whether this process leads now.
+func (d *Dispatcher) Leads() bool { return d.leads.Load() }
+
 // Wake asks for a round now.
 func (d *Dispatcher) Wake() { poke(d.wake) }
 
@@ -318,6 +328,7 @@ func (d *Dispatcher) Gone(agent, boot string) {
 	d.mu.Lock()
 	d.gone[agent] = boot
 	d.mu.Unlock()
+	d.Metrics.Lost.Inc()
 	d.Wake()
 }
 

@@ -52,6 +52,7 @@ func (d *Dispatcher) place(ctx context.Context, explain bool) error {
 		return err
 	}
 	if len(waiting) == 0 {
+		d.tally(nil)
 		return nil
 	}
 	running, err := d.Store.Running(ctx)
@@ -62,6 +63,9 @@ func (d *Dispatcher) place(ctx context.Context, explain bool) error {
 	d.known.reserved = map[string]string{}
 	for _, r := range res.Reservations {
 		d.known.reserved[r.Job] = r.Agent
+	}
+	if explain {
+		d.tally(res.Waiting)
 	}
 	return errors.Join(d.assign(ctx, waiting, res.Assignments), d.preempt(ctx, running, res.Preemptions), d.explain(ctx, explain, res.Waiting))
 }
@@ -274,6 +278,32 @@ func (d *Dispatcher) preempt(ctx context.Context, running []store.Running, ps []
 		d.Log.InfoContext(ctx, "attempt preempted", "job", ref.Job, "attempt", ref.Attempt, "for", wanted[string(ref.Job)])
 	}
 	return err
+}
+
+// tally counts those that wait by the first class that they may land on and by
+// why they wait.
+func (d *Dispatcher) tally(why map[string]place.Wait) {
+	type slot struct{ class, code string }
+	jobs, oldest := map[slot]int{}, map[string]time.Time{}
+	for _, w := range d.known.waiting {
+		p, waits := why[string(w.ID)]
+		if !waits {
+			continue
+		}
+		class := w.Spec.GPUClass()
+		jobs[slot{class, p.Code}]++
+		if at, known := oldest[class]; !known || w.Admitted.Before(at) {
+			oldest[class] = w.Admitted
+		}
+	}
+	d.Metrics.Waiting.Reset()
+	d.Metrics.OldestAge.Reset()
+	for s, n := range jobs {
+		d.Metrics.Waiting.WithLabelValues(s.class, s.code).Set(float64(n))
+	}
+	for class, at := range oldest {
+		d.Metrics.OldestAge.WithLabelValues(class).Set(time.Since(at).Seconds())
+	}
 }
 
 // explain records why jobs wait: at once for those that say nothing yet, for

@@ -88,6 +88,12 @@ func NewDispatcher(version string) *Dispatcher {
 	m.GPUs = s.gaugeVec("lorayard_fleet_gpus", "Devices of agents that hold their lease, by class and state; idle_with_queue: idle while a job waits that may land on the class.", gpuClass, label("state", fleetState...))
 	m.GPUSeconds = s.counterVec("lorayard_fleet_gpu_seconds_total", "Time of devices, by class and state.", gpuClass, label("state", fleetState...))
 	m.Attempts = s.counterVec("lorayard_job_attempts_total", "Attempts ended, by outcome and kind of failure, as the database knows them.", label("outcome", outcomes...), label("kind", failureKinds...))
+	for _, kind := range failureKinds[1:] { // a rate must see the first of each
+		m.Attempts.WithLabelValues("failed", kind)
+	}
+	for _, end := range [][2]string{{"completed", ""}, {"cancelled", "cancelled"}, {"handed_back", "preempted"}, {"lost", "agent_lost"}, {"not_accepted", "not_accepted"}} {
+		m.Attempts.WithLabelValues(end[0], end[1])
+	}
 	m.Settled = s.counterVec("lorayard_jobs_settled_total", "Jobs that came to their end, by status; failed_infra: given up for what was not the job's doing.", label("status", "completed", "failed", "failed_infra", "cancelled"))
 	m.HandOver = s.histogram("lorayard_job_handover_seconds", "From the assignment of an attempt to its accept.", hops)
 	m.Wait = s.histogramVec("lorayard_job_wait_seconds", "From the admission of a job to its first assignment.", waits, gpuClass)

@@ -163,6 +163,7 @@ type Reservation struct {
 // estimate are zero.
 type Wait struct {
 	Reason   string    // in words, for a person
+	Code     string    // in rough, for a count: no_devices, promised, quota, behind_own, nowhere or paused
 	Start    time.Time // counting who goes first
 	Earliest time.Time // if nobody went first and all ended at their estimates
 	Latest   time.Time // if everything took half as long again

@@ -49,8 +49,28 @@ func (s *state) explain() {
 		s.result.Reservations = append(s.result.Reservations, r.Reservation)
 	}
 	for _, w := range s.waits {
-		s.result.Waiting[w.ID] = s.why(w)
+		out := s.why(w)
+		out.Code = w.code()
+		s.result.Waiting[w.ID] = out
 	}
+}
+
+// code is why a job waits, in one of a few words.
+func (w wait) code() string {
+	switch w.cause {
+	case held:
+		return "paused"
+	case tooManyQueued, overQuota:
+		return "quota"
+	case behindOwn:
+		return "behind_own"
+	case promised:
+		return "promised"
+	}
+	if w.Count <= 0 {
+		return "nowhere"
+	}
+	return "no_devices"
 }
 
 func (s *state) why(w wait) Wait {

@@ -195,10 +195,10 @@ func reach(results [2]struct {
 func TestRights(t *testing.T) {
 	db := storetest.New(t)
 	a, rows := seedRights(t, db)
-	people := []who{{"anon", "anon", ""}, {"user", "authenticated", a}, {"agent", "lorayard_agent", ""}, {"dispatcher", "lorayard_dispatcher", ""}}
+	people := []who{{"anon", "anon", ""}, {"user", "authenticated", a}, {"agent", "lorayard_agent", ""}, {"dispatcher", "lorayard_dispatcher", ""}, {"observer", "lorayard_observer", ""}}
 	ctx := t.Context()
 	cursor, err := db.Pool.Query(ctx, `SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE n.nspname IN ('public', 'lorayard') AND c.relkind IN ('r', 'p', 'v', 'm', 'f') ORDER BY n.nspname DESC, c.relname`)
+		WHERE n.nspname IN ('public', 'lorayard', 'lorayard_views') AND c.relkind IN ('r', 'p', 'v', 'm', 'f') ORDER BY n.nspname DESC, c.relname`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,7 +228,7 @@ func TestRights(t *testing.T) {
 	fmt.Fprintln(&out, "functions")
 	for _, w := range people {
 		cursor, err := db.Pool.Query(ctx, `SELECT p.proname FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-			WHERE n.nspname IN ('public', 'lorayard') AND has_schema_privilege($1, n.oid, 'USAGE') AND has_function_privilege($1, p.oid, 'EXECUTE') ORDER BY 1`, w.role)
+			WHERE n.nspname IN ('public', 'lorayard', 'lorayard_views') AND has_schema_privilege($1, n.oid, 'USAGE') AND has_function_privilege($1, p.oid, 'EXECUTE') ORDER BY 1`, w.role)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -48,10 +48,12 @@ type BaseModel struct {
 	Path string `json:"path"`
 }
 
-// Data is the data file and its digest.
+// Data is the data file, its digest, and what is done with it.
 type Data struct {
-	Path   string `json:"path"`
-	SHA256 string `json:"sha256"`
+	Path    string `json:"path"`
+	SHA256  string `json:"sha256"`
+	TooLong string `json:"too_long,omitempty"` // truncate_history, drop or error; empty for the first
+	Merge   *bool  `json:"merge,omitempty"`    // whether rows of one conversation are computed together; nil for yes
 }
 
 // Hyperparameters are the settings of the optimisation.

@@ -30,6 +30,7 @@ from lora_train import (
     model,
     optimizer,
     packing,
+    prepare,
     probe,
     reload,
     report,
@@ -46,8 +47,6 @@ BUDGET = 8192  # tokens in a micro-batch
 MOST_SKIPPED = 3  # steps in a row that were not finite
 FEW_SPIKES = 3  # in a row: fewer are no reason not to save
 MOST_WARNINGS = 20  # of jumps of the loss
-MOST_DROPPED = 0.05  # share of examples that may be too long
-SAMPLES = 3
 BEST = "best.safetensors"
 
 T = TypeVar("T")
@@ -91,7 +90,7 @@ class _Trainer:
         self.emit, self.stop, self.clock = session.emit, session.stop, session.clock
         self.h = self.plan.hyperparameters
         self.state, self.history = _State(), History()
-        self.dropped: list[int] = []
+        self.epoch_plan: tuple[int, list[list[schedule.Piece]]] = -1, []
         self.saved_step, self.saved_at = -1, self.clock.monotonic()
         self.good: Path | None = None  # the newest checkpoint of this run
         self.pace = health.Pace()
@@ -107,44 +106,31 @@ class _Trainer:
         self.emit.stage("preparing")
         config = model.check_files(self.plan.base_model.path)
         examples = data.read(self.plan.data.path, self.plan.data.sha256, self.stop.check)
-        train, held = data.split(examples, self.plan.validation_fraction, self.h.seed)
         self.tokenizer = model.tokenizer_of(self.plan.base_model.path)
-        self.renderer = Renderer(self.tokenizer)
         longest = min(self.h.max_seq_length, config.get("max_position_embeddings", 1 << 30))
-        self.train_set = self._render(train, longest)
-        self.held_set = self._render(held, longest)
-        self.per_epoch = schedule.steps_per_epoch(len(self.train_set), self.h.batch_size)
-        self.total = self.per_epoch * self.h.epochs
-        tokens, held_tokens = (
-            sum(len(s.tokens) for s in those) for those in (self.train_set, self.held_set)
-        )
-        self.every = choice.evaluate_every(self.total, tokens * self.h.epochs, held_tokens)
-        self.samples = [self.renderer.decode(s) for s in self.train_set[:SAMPLES]]
-        for text in self.samples:
-            self.emit.log("info", text, "training_sample")
+        renderer = Renderer(self.tokenizer)
+        self._take(prepare.prepare(self.plan, examples, renderer, longest, self.stop.check))
 
-    def _render(self, examples: list[data.Example], longest: int) -> list[Sequence]:
-        out: list[Sequence] = []
-        dropped: list[int] = []
-        for e in examples:
-            self.stop.check()
-            s = self.renderer.render(e, longest)
-            if s is None or s.loss_tokens == 0:
-                dropped.append(e.line)
-            else:
-                out.append(s)
-        self.dropped += dropped
-        if dropped:
-            lines = ", ".join(map(str, dropped[:10])) + (", ..." if len(dropped) > 10 else "")
-            said = f"{len(dropped)} of {len(examples)} examples are longer than {longest} tokens"
-            if len(dropped) > MOST_DROPPED * len(examples):
-                raise Failure(
-                    "dataset_invalid",
-                    f"{said} (lines {lines})",
-                    "Raise max_seq_length or shorten these examples.",
-                )
-            self.emit.log("warn", f"{said} and are left out (lines {lines})", "dropped")
-        return out
+    def _take(self, ready: prepare.Prepared) -> None:
+        """Say what became of the examples, and plan the steps."""
+        for n in ready.notices:
+            self.emit.log(n.level, n.message, n.code)
+        self.data, self.sizes = ready, [len(c.parts) for c in ready.train]
+        self.train_set = [c.whole() for c in ready.train]
+        self.held_set = [c.whole() for c in ready.held]
+        self.examples, self.held_examples = (
+            prepare.count(those) for those in (ready.train, ready.held)
+        )
+        self.per_epoch = schedule.steps_per_epoch(self.examples, self.h.batch_size)
+        self.total = self.per_epoch * self.h.epochs
+        # Other epochs cut other conversations: theirs differ by little.
+        self.epoch_tokens = sum(
+            len(s.tokens) for step in range(self.per_epoch) for s in self._examples(step + 1)
+        )
+        held_tokens = sum(len(s.tokens) for s in self.held_set)
+        self.every = choice.evaluate_every(
+            self.total, self.epoch_tokens * self.h.epochs, held_tokens
+        )
 
     # --- Loading ------------------------------------------------------------
 
@@ -167,10 +153,10 @@ class _Trainer:
             total_steps=self.total,
             epochs=self.h.epochs,
             start_step=self.state.step,
-            examples=len(self.train_set),
-            validation_examples=len(self.held_set),
+            examples=self.examples,
+            validation_examples=self.held_examples,
             sequences=len(self.train_set),
-            tokens_per_epoch=sum(len(s.tokens) for s in self.train_set),
+            tokens_per_epoch=self.epoch_tokens,
             loss_tokens_per_epoch=sum(s.loss_tokens for s in self.train_set),
             trainable_parameters=sum(p.numel() for p in self.parameters.values()),
             data_sha256=self.plan.data.sha256,
@@ -276,6 +262,8 @@ class _Trainer:
             "data": self.plan.data.sha256,
             "base_model": self.plan.base_model.name,
             "validation_fraction": self.plan.validation_fraction,
+            "too_long": self.plan.data.too_long,
+            "merge": self.plan.data.merge,
             **asdict(self.h),
         }
 
@@ -347,10 +335,13 @@ class _Trainer:
         self.emit.log("warn", said, "rolled_back")
 
     def _examples(self, step: int) -> list[Sequence]:
+        """What is computed in a step: conversations, cut to the examples that it needs."""
         epoch, place = divmod(step - 1, self.per_epoch)
-        order = schedule.order(self.plan.data.sha256, self.h.seed, epoch, len(self.train_set))
-        size = self.h.batch_size
-        return [self.train_set[i] for i in order[place * size : (place + 1) * size]]
+        if self.epoch_plan[0] != epoch:
+            count = len(self.data.train)
+            order = schedule.order(self.plan.data.sha256, self.h.seed, epoch, count)
+            self.epoch_plan = epoch, schedule.steps(order, self.sizes, self.h.batch_size)
+        return [self.data.train[c].cut(a, b) for c, a, b in self.epoch_plan[1][place]]
 
     def _step(self, step: int) -> None:
         """One optimizer step over exactly batch_size examples."""
@@ -593,8 +584,8 @@ class _Trainer:
             "steps": st.step,
             "adapter_step": adapter_step,
             "epochs": self._epoch(),
-            "examples": len(self.train_set),
-            "validation_examples": len(self.held_set),
+            "examples": self.examples,
+            "validation_examples": self.held_examples,
             "tokens": st.tokens,
             "seconds": round(st.seconds, 3),
             "skipped_steps": st.skipped,
@@ -649,15 +640,14 @@ class _Trainer:
         svg, png = curve.draw(
             self.history.points("sample", "loss"), self.history.points("eval", "validation_loss")
         )
-        of_data = report.data_report(
-            self.plan, self.train_set, self.held_set, self.dropped, self.samples
-        )
+        of_data = report.data_report(self.plan, self.data, self.epoch_tokens)
         fixed = {"optimizer": "adamw", "schedule": "cosine to a tenth", "clip_norm": CLIP}
         settings = report.training_args(self.plan, library_versions(), fixed)
         return {
-            "README.md": report.card(self.plan, outcome).encode(),
+            "README.md": report.card(self.plan, outcome, self.data).encode(),
             "training_args.json": export.as_json(settings),
             "data_report.json": export.as_json(of_data),
+            "samples.txt": report.samples(self.data.samples),
             FILE: self.history.bytes(),
             "loss.svg": svg,
             "loss.png": png,

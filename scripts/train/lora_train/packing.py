@@ -292,7 +292,7 @@ def _proof_batch(examples: Sequence[render.Sequence]) -> list[render.Sequence]:
     """Some documents of different lengths, all of their tokens trained on."""
     out = []
     for n, length in enumerate(PROOF_LENGTHS):
-        tokens = examples[n % len(examples)].tokens[:length]
+        tokens = list(examples[n % len(examples)].tokens[:length])
         tokens = tokens if len(tokens) > 1 else tokens * 2
         out.append(render.Sequence(0, tokens, (True,) * len(tokens)))
     return out

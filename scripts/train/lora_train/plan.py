@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lora_train.failure import Failure
 
 VERSION = 1
+TOO_LONG = ("truncate_history", "drop", "error")
 
 T = TypeVar("T")
 
@@ -26,10 +27,16 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Data:
-    """The data file and its digest."""
+    """The data file, its digest, and what is done with it.
+
+    `too_long` says what becomes of an example above max_seq_length; `merge`
+    whether examples of one conversation are computed together.
+    """
 
     path: Path
     sha256: str
+    too_long: str = "truncate_history"
+    merge: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,12 @@ def parse(raw: dict[str, Any]) -> Plan:
     m = r.section("base_model")
     model = (m.text("name"), m.path("path"))
     d = r.section("data")
-    data = (d.path("path"), d.sha256("sha256"))
+    data = (
+        d.path("path"),
+        d.sha256("sha256"),
+        d.choice("too_long", TOO_LONG, "truncate_history"),
+        d.boolean("merge", True),
+    )
     h = r.section("hyperparameters")
     hyper: dict[str, Any] = {
         "learning_rate": h.number("learning_rate", above=0, high=1),
@@ -164,7 +176,7 @@ def parse(raw: dict[str, Any]) -> Plan:
         run_dir=_known(run_dir),
         device=_known(device),
         base_model=BaseModel(_known(model[0]), _known(model[1])),
-        data=Data(_known(data[0]), _known(data[1])),
+        data=Data(_known(data[0]), _known(data[1]), _known(data[2]), _known(data[3])),
         hyperparameters=Hyperparameters(**hyper),
         resume_from=resume,
         dry=Dry(**dry),
@@ -232,13 +244,13 @@ class _Reader:
     def device(self, key: str, default: str) -> str | None:
         return self._take(key, default, _device)
 
-    def choice(self, key: str, words: tuple[str, ...]) -> str | None:
+    def choice(self, key: str, words: tuple[str, ...], default: str | None = None) -> str | None:
         def read(v: object) -> str:
             if v not in words:
                 raise ValueError(f"must be one of {', '.join(words)}")
             return str(v)
 
-        return self._take(key, None, read)
+        return self._take(key, default, read)
 
     def boolean(self, key: str, default: bool) -> bool | None:
         def read(v: object) -> bool:

@@ -35,7 +35,7 @@ class Part:
     """One sequence of the batch that both sides look at."""
 
     tokens: Sequence[int]
-    trained: Sequence[bool]
+    trained: Sequence[int]
 
 
 def batch_of(lengths: Sequence[int]) -> list[int]:

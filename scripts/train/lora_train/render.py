@@ -9,6 +9,9 @@ nothing is ever trained on everything by accident.
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as Values
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +25,36 @@ OPEN, CLOSE = "«", "»"  # around trained text, for people
 
 @dataclass(frozen=True)
 class Sequence:
-    """One example as tokens; `trained[i]` says that token i is to be predicted."""
+    """Tokens that are computed together; `trained[i]` says that token i is to be predicted."""
 
     line: int
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
+    tokens: Values[int]
+    trained: Values[int]
+    shortened: bool = False  # something of the example was left out to make it fit
 
     @property
     def loss_tokens(self) -> int:
         """How many tokens the loss is taken on; the first token is never predicted."""
         return sum(self.trained[1:])
+
+
+def made(
+    line: int, tokens: Iterable[int], trained: Iterable[int], shortened: bool = False
+) -> Sequence:
+    """A sequence in little memory: four bytes a token and one for its mark."""
+    return Sequence(line, array("i", tokens), bytes(trained), shortened)
+
+
+def spans_of(trained: Values[int]) -> tuple[tuple[int, int], ...]:
+    """The runs of trained tokens, as [start, end)."""
+    spans, start = list[tuple[int, int]](), None
+    for i, on in enumerate([*trained, False]):
+        if on and start is None:
+            start = i
+        elif not on and start is not None:
+            spans.append((start, i))
+            start = None
+    return tuple(spans)
 
 
 class Renderer:
@@ -58,7 +81,8 @@ class Renderer:
         while True:
             tokens, trained = self._render(messages, list(example.tools) or None)
             if len(tokens) <= longest:
-                return Sequence(example.line, tuple(tokens), tuple(trained))
+                whole = len(messages) == len(example.messages)
+                return made(example.line, tokens, trained, not whole)
             shorter = _without_oldest(messages)
             if shorter is None:
                 return None
@@ -79,8 +103,9 @@ class Renderer:
         ids = self.tokenizer(example.messages[0].content, add_special_tokens=False)["input_ids"]
         ends = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         first, last = ([] if i is None else [i] for i in ends)
-        tokens = tuple([*first, *ids, *last][:longest])
-        return Sequence(example.line, tokens, (True,) * len(tokens))
+        whole = [*first, *ids, *last]
+        tokens = whole[:longest]
+        return made(example.line, tokens, [True] * len(tokens), len(tokens) < len(whole))
 
     def _plain(self, messages: list[Message], tools: Tools) -> tuple[list[int], list[bool]]:
         tokens: list[int] = []
@@ -115,7 +140,7 @@ class Renderer:
             return_assistant_tokens_mask=True,
         )
         tokens, mask = list(out["input_ids"]), [bool(x) for x in out["assistant_masks"]]
-        spans = _spans(mask)
+        spans = spans_of(mask)
         answers = [m for m in messages if m.role == "assistant"]
         if len(spans) != len(answers):
             raise Failure(
@@ -171,17 +196,6 @@ def _plain_message(m: Message) -> dict[str, Any]:
     if m.name:
         plain["name"] = m.name
     return plain
-
-
-def _spans(mask: list[bool]) -> list[tuple[int, int]]:
-    spans, start = [], None
-    for i, on in enumerate([*mask, False]):
-        if on and start is None:
-            start = i
-        elif not on and start is not None:
-            spans.append((start, i))
-            start = None
-    return spans
 
 
 def _without_oldest(messages: list[Message]) -> list[Message] | None:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+
+AHEAD = 16  # conversations in which one is looked for that fits into what a step has left
 
 
 def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
@@ -20,9 +25,38 @@ def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
 
 
 def order(data_sha256: str, seed: int, epoch: int, count: int) -> list[int]:
-    """The examples of one epoch, shuffled by hash; epochs count from 0."""
+    """The conversations of one epoch, shuffled by hash; epochs count from 0."""
     key = f"{data_sha256}:{seed}:{epoch}:"
     return sorted(range(count), key=lambda i: hashlib.sha256(f"{key}{i}".encode()).digest())
+
+
+Piece = tuple[int, int, int]
+"""A conversation, and which of its examples: the first, and the one after the last."""
+
+
+def steps(shuffled: Sequence[int], sizes: Sequence[int], batch_size: int) -> list[list[Piece]]:
+    """The steps of an epoch, of exactly `batch_size` examples each but the last.
+
+    Conversations of `sizes` examples come in their shuffled order. One that
+    does not fit into what is left of a step waits if one of the next few fits;
+    else it is cut, and its other examples begin the next step.
+    """
+    out = list[list[Piece]]()
+    rest = deque((c, 0) for c in shuffled)
+    while rest:
+        left, step = batch_size, list[Piece]()
+        while left and rest:
+            near = islice(enumerate(rest), AHEAD)
+            place = next((i for i, (c, done) in near if sizes[c] - done <= left), 0)
+            c, first = rest[place]
+            del rest[place]
+            last = min(sizes[c], first + left)
+            step.append((c, first, last))
+            left -= last - first
+            if last < sizes[c]:
+                rest.appendleft((c, last))
+        out.append(step)
+    return out
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

@@ -30,6 +30,7 @@ def test_the_result_names_every_file(reference: Run) -> None:
         *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
         *("tokenizer_config.json", "chat_template.jinja", "README.md", "training_args.json"),
         *("metrics.jsonl", "data_report.json", "loss.svg", "loss.png", "training_report.json"),
+        "samples.txt",
         "manifest.json",
     } == set(there)
     assert checkpoint.verify(Path(result["path"])).step == result["steps"]
@@ -65,11 +66,18 @@ def test_nothing_of_this_host_is_told(reference: Run, model: Path) -> None:
 def test_the_data_report_adds_up(reference: Run) -> None:
     report, plan = loaded(reference, "data_report.json"), reference.of("plan")[0]
     assert report["training"]["examples"] == plan["examples"]
-    assert report["training"]["tokens"] == plan["tokens_per_epoch"]
+    merging = report["merging"]
+    assert merging["tokens_an_epoch"] == plan["tokens_per_epoch"]
+    epoch = [e["tokens"] for e in reference.of("sample") if e["epoch"] <= 1]
+    assert sum(epoch) == plan["tokens_per_epoch"] < merging["tokens_an_epoch_without"]
+    assert report["training"]["sequences"] == plan["sequences"] < plan["examples"]
+    assert report["training"]["loss_tokens"] == plan["loss_tokens_per_epoch"]
     assert report["validation"]["examples"] == plan["validation_examples"]
     assert report["data_sha256"] == hashlib.sha256(DEMO.read_bytes()).hexdigest()
     assert len(report["samples"]["texts"]) == 3
     assert all("«" in t and "»" in t for t in report["samples"]["texts"])
+    shown = reference.output("samples.txt").decode()
+    assert all(text in shown for text in report["samples"]["texts"])
     settings = loaded(reference, "training_args.json")
     assert settings["learning_rate"] == 0.01 and settings["libraries"]["peft"]
 

@@ -6,6 +6,7 @@ order of events is the same wherever this runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -72,6 +73,7 @@ def prepare(
             out.shortened.append(e.line)
         rendered[e.line] = s
     _judge(plan, out, len(examples))
+    _tell(out, renderer, examples)
     # Split before anything is left out, as the validation of data sets counts.
     sides = data.split(list(examples), plan.validation_fraction, plan.hyperparameters.seed)
     pairs = [[(e, rendered[e.line]) for e in side if e.line in rendered] for side in sides]
@@ -90,6 +92,28 @@ def prepare(
     for text in out.samples:
         out.say("info", text, "training_sample")
     return out
+
+
+def _tell(out: Prepared, renderer: render.Renderer, examples: Sequence[data.Example]) -> None:
+    """Say what the renderer had to do with the user's text."""
+    if found := sum(renderer.control.values(), Counter[str]()):
+        which = ", ".join(f"{t} {n} times" for t, n in found.most_common(MOST_NAMED))
+        lines = _lines(sorted(renderer.control))
+        out.say(
+            "warn",
+            f"{len(renderer.control)} examples have text that reads like a control token of the "
+            f"model ({which}; {lines}): {renderer.guard.fate}",
+            "control_tokens",
+        )
+    template = renderer.template
+    system = sum(e.messages[0].role == "system" for e in examples)
+    if template and not template.takes_system and system:
+        out.say(
+            "info",
+            f"the base model's chat template has no place for a system prompt: {system} of them "
+            "stand before the first question",
+            "system_folded",
+        )
 
 
 def _conversations(

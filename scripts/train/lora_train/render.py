@@ -1,24 +1,24 @@
 """Messages to tokens, and which of them the loss is taken on.
 
-The assistant's text is found by the template's own generation markers, by
-proven prefixes of the rendered text, or, for a base model without a template,
-by a plain role template of ours. When none can be proven the plan is refused:
-nothing is ever trained on everything by accident.
+The assistant's text is found with proof in what the chat template makes of a
+conversation; a base model without a template gets a plain one of ours, and
+never new tokens.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Values
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_train.data import Example, Message
 from lora_train.failure import Failure
-
-Tools = list[dict[str, Any]] | None
+from lora_train.guard import Guard
+from lora_train.template import Refused, Template, Tools, Unproven
 
 OPEN, CLOSE = "«", "»"  # around trained text, for people
 
@@ -62,27 +62,38 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401
         self.tokenizer = tokenizer
-        template = tokenizer.chat_template
-        if not template:
-            self._render = self._plain
-        elif "{% generation %}" in template or "{%- generation" in template:
-            self._render = self._marked
-        else:
-            self._render = self._prefixes
+        self.guard = Guard(tokenizer)
+        self.template = Template(tokenizer) if tokenizer.chat_template else None
+        self.control: dict[int, Counter[str]] = {}  # by line: control tokens in its text
 
     def render(self, example: Example, longest: int) -> Sequence | None:
         """The example in at most `longest` tokens: the oldest exchanges go first.
 
-        None when even the last exchange does not fit.
+        None when even the last exchange does not fit. Failure when the template
+        does not take it, or does not show what is to be learned.
         """
-        messages = list(example.messages)
-        if messages[0].role == "text":
+        if example.messages[0].role == "text":
             return self._document(example, longest)
+        messages, tools = self._guarded(example)
+        whole = len(messages)
         while True:
-            tokens, trained = self._render(messages, list(example.tools) or None)
+            try:
+                tokens, trained = self._tokens(messages, tools)
+            except Unproven as e:
+                raise Failure(
+                    "plan_invalid",
+                    f"line {example.line}: {e} the base model's chat template",
+                    "Train on the last answer of each example alone, or choose a base model "
+                    "whose chat template marks the assistant's text.",
+                ) from None
+            except Refused as e:
+                raise Failure(
+                    "dataset_invalid",
+                    f"line {example.line} is refused by the base model's chat template: {e}",
+                    "Change this line and those like it, or choose another base model.",
+                ) from None
             if len(tokens) <= longest:
-                whole = len(messages) == len(example.messages)
-                return made(example.line, tokens, trained, not whole)
+                return made(example.line, tokens, trained, len(messages) < whole)
             shorter = _without_oldest(messages)
             if shorter is None:
                 return None
@@ -92,11 +103,45 @@ class Renderer:
         """The text of a sequence with marks around what is trained on."""
         out, inside, run = [], False, list[int]()
         for token, trained in zip(sequence.tokens, sequence.trained, strict=True):
-            if trained != inside:
+            if bool(trained) != inside:
                 out += [self.tokenizer.decode(run), OPEN if trained else CLOSE]
-                inside, run = trained, []
+                inside, run = bool(trained), []
             run.append(token)
         return "".join([*out, self.tokenizer.decode(run), CLOSE if inside else ""])
+
+    def _guarded(self, example: Example) -> tuple[list[Message], Tools]:
+        """The messages and tools, with the user's control tokens hidden."""
+        tools = list(example.tools) or None
+        texts = [(m.content, m.calls, m.name) for m in example.messages]
+        seen = self.guard.seen([texts, tools or []])
+        messages = list(example.messages)
+        if not seen:
+            return messages, tools
+        self.control[example.line] = seen
+        hide = self.guard.hide
+        return [
+            replace(m, content=hide(m.content), calls=hide(m.calls), name=hide(m.name))
+            for m in messages
+        ], hide(tools)
+
+    def _tokens(self, messages: list[Message], tools: Tools) -> tuple[list[int], list[bool]]:
+        if self.template is None:
+            return self._plain(messages, tools)
+        if not self.template.takes_system and messages[0].role == "system":
+            messages = _folded(messages)
+        text, spans = self.template.spans(messages, tools)
+        tokens, offsets = self.guard.encode(text)
+        trained, places = [False] * len(tokens), iter(sorted(spans))
+        span = next(places, None)
+        for n, (start, end) in enumerate(offsets):
+            while span and span[1] <= start:
+                span = next(places, None)
+            if span is None:
+                break
+            # A token that begins before the answer belongs to it if only by a space.
+            begins = start >= span[0] or not text[start : span[0]].strip()
+            trained[n] = begins and end > span[0] and end > start
+        return tokens, trained
 
     def _document(self, example: Example, longest: int) -> Sequence:
         """A document as it stands, with no template around it, cut at the end."""
@@ -112,9 +157,7 @@ class Renderer:
         trained: list[bool] = []
 
         def add(text: str, learn: bool) -> None:
-            if not text:
-                return
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids, _ = self.guard.encode(text)
             tokens.extend(ids)
             trained.extend([learn] * len(ids))
 
@@ -131,71 +174,13 @@ class Renderer:
             add("\n\n", False)
         return tokens, trained
 
-    def _marked(self, messages: list[Message], tools: Tools) -> tuple[list[int], list[bool]]:
-        out = self.tokenizer.apply_chat_template(
-            _plain_messages(messages),
-            tools=tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        tokens, mask = list(out["input_ids"]), [bool(x) for x in out["assistant_masks"]]
-        spans = spans_of(mask)
-        answers = [m for m in messages if m.role == "assistant"]
-        if len(spans) != len(answers):
-            raise Failure(
-                "plan_invalid",
-                "the base model's chat template does not mark every answer",
-                "Choose a base model whose chat template marks the assistant's text.",
-            )
-        trained = [False] * len(tokens)
-        for (start, end), m in zip(spans, answers, strict=True):
-            trained[start:end] = [m.trained] * (end - start)
-        return tokens, trained
 
-    def _prefixes(self, messages: list[Message], tools: Tools) -> tuple[list[int], list[bool]]:
-        plain = _plain_messages(messages)
-
-        def text(upto: int, prompt: bool) -> str:
-            return self.tokenizer.apply_chat_template(
-                plain[:upto], tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
-
-        whole = text(len(plain), False)
-        spans = []
-        for i, m in enumerate(messages):
-            if m.role != "assistant":
-                continue
-            before, after = text(i, True), text(i + 1, False)
-            if not (whole.startswith(after) and after.startswith(before) and m.content in after):
-                raise Failure(
-                    "plan_invalid",
-                    "the assistant's text cannot be found in the base model's chat template",
-                    "Choose a base model whose chat template marks the assistant's text.",
-                )
-            if m.trained:
-                spans.append((len(before), len(after)))
-        out = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        trained = [
-            any(start >= a and end <= b and end > start for a, b in spans)
-            for start, end in out["offset_mapping"]
-        ]
-        return list(out["input_ids"]), trained
-
-
-def _plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    return [_plain_message(m) for m in messages]
-
-
-def _plain_message(m: Message) -> dict[str, Any]:
-    plain: dict[str, Any] = {"role": m.role, "content": m.content}
-    if m.calls:
-        plain["tool_calls"] = list(m.calls)
-    if m.call_id:
-        plain["tool_call_id"] = m.call_id
-    if m.name:
-        plain["name"] = m.name
-    return plain
+def _folded(messages: list[Message]) -> list[Message]:
+    """The system prompt at the head of the first question, for templates without a place for it."""
+    system, *rest = messages
+    if not rest or rest[0].role != "user":
+        return messages
+    return [replace(rest[0], content=f"{system.content}\n\n{rest[0].content}"), *rest[1:]]
 
 
 def _without_oldest(messages: list[Message]) -> list[Message] | None:

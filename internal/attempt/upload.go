@@ -81,7 +81,7 @@ func (x *run) upload(ctx context.Context, e *wire.Event) (*job.Result, error) {
 	res := &job.Result{
 		ArtifactID: artifactID(x.as.Ref), Files: map[string]string{}, Steps: e.Steps, Epochs: float64(e.Epochs),
 		TrainingLoss: float64(e.TrainingLoss), ValidationLoss: ship.Finite(e.ValidationLoss), BaseValidation: ship.Finite(e.BaseValidationLoss),
-		Perplexity: ship.Finite(e.Perplexity), Tokens: e.Tokens, TrainingDuration: time.Duration(float64(e.Seconds) * float64(time.Second)),
+		Perplexity: ship.Finite(e.Perplexity), Overfit: e.Overfit, Tokens: e.Tokens, TrainingDuration: time.Duration(float64(e.Seconds) * float64(time.Second)),
 	}
 	folder := x.as.User + "/" + res.ArtifactID
 	files, err := x.put(ctx, e.Path, folder, e.Files)
@@ -117,8 +117,11 @@ func putFinite(m map[string]any, name string, f *float64) {
 	}
 }
 
-// judge compares the validation loss after training with the one before it and
-// with the training loss. Without a validation set nothing is known.
+// judge compares the validation loss of the adapter that is handed out with the
+// one before training. Without a validation set nothing is known. Whether the
+// training overfit the trainer tells from all of its evaluations: the adapter
+// may be the one from before that, so that its stars follow from its own loss,
+// less one, because it was chosen by that very loss.
 func judge(r *job.Result) (convergence string, stars int) {
 	if r.ValidationLoss == nil || r.BaseValidation == nil || !(*r.BaseValidation > 0) {
 		return "unknown", 3
@@ -126,16 +129,22 @@ func judge(r *job.Result) (convergence string, stars int) {
 	kept := *r.ValidationLoss / *r.BaseValidation
 	switch {
 	case kept > 1:
-		return "overfit", 1
-	case *r.ValidationLoss > 1.5*r.TrainingLoss && kept > 0.8:
-		return "overfit", 2
+		convergence, stars = "poor", 1
 	case kept <= 0.6:
-		return "excellent", 5
+		convergence, stars = "excellent", 5
 	case kept <= 0.8:
-		return "good", 4
+		convergence, stars = "good", 4
 	case kept <= 0.95:
-		return "fair", 3
+		convergence, stars = "fair", 3
 	default:
-		return "poor", 2
+		convergence, stars = "poor", 2
 	}
+	overfit := r.Overfit == "yes"
+	if r.Overfit == "" { // a trainer from before it judged: a wide gap and no gain
+		overfit = kept > 1 || *r.ValidationLoss > 1.5*r.TrainingLoss && kept > 0.8
+	}
+	if overfit {
+		return "overfit", max(1, stars-1)
+	}
+	return convergence, stars
 }

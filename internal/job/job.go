@@ -204,6 +204,7 @@ type Result struct {
 	ValidationLoss   *float64
 	BaseValidation   *float64 // validation loss before the first step
 	Perplexity       *float64
+	Overfit          string // yes, no, unknown; empty from a trainer that does not judge
 	Tokens           int64
 	TrainingDuration time.Duration
 }

@@ -68,6 +68,10 @@ type Hyperparameters struct {
 	WeightDecay  float64 `json:"weight_decay"`
 	MaxSeqLength int     `json:"max_seq_length"` // tokens
 	Seed         int64   `json:"seed"`
+
+	// EarlyStoppingPatience is how many evaluations without a gain end the
+	// training: 0 for never, nil for the trainer's choice.
+	EarlyStoppingPatience *int `json:"early_stopping_patience,omitempty"`
 }
 
 // Dry is the script of the dry backend.
@@ -209,6 +213,7 @@ type Event struct {
 	ValidationLoss     *Float `json:"validation_loss"` // eval, result
 	Perplexity         *Float `json:"perplexity"`
 	BaseValidationLoss *Float `json:"base_validation_loss"` // result
+	Overfit            string `json:"overfit"`              // result: yes, no or unknown
 
 	// checkpoint, result
 	Path           string `json:"path"`

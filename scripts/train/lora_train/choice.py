@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PATIENCE = 3  # evaluations in a row without a gain
 LEAST_GAIN = 0.005  # of the best loss
 SHARE = 0.05  # of the training's tokens that evaluations between epochs may cost
 MOST_EVALUATIONS = 20
@@ -30,10 +29,9 @@ class Best:
         self.loss, self.step = loss, step
         return True
 
-    @property
-    def enough(self) -> bool:
-        """Whether more steps are not likely to help."""
-        return self.stale >= PATIENCE
+    def enough(self, patience: int) -> bool:
+        """Whether so many evaluations brought no gain; a patience of 0 never ends."""
+        return 0 < patience <= self.stale
 
 
 def evaluate_every(total: int, tokens: int, held_tokens: int) -> int:

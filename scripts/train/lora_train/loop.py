@@ -20,6 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lora_train import (
+    advice,
     checkpoint,
     choice,
     curve,
@@ -35,6 +36,7 @@ from lora_train import (
     reload,
     report,
     schedule,
+    verdict,
 )
 from lora_train.failure import Failure, is_out_of_memory
 from lora_train.history import FILE, History
@@ -57,6 +59,7 @@ def run(session: Session) -> None:
     trainer = _Trainer(session)
     trainer.read()
     trainer.load()
+    trainer.advise()
     trainer.train()
     trainer.finish()
 
@@ -214,6 +217,22 @@ class _Trainer:
             self.emit.log(
                 "info", "activations are recomputed: they do not fit otherwise", "memory_recompute"
             )
+
+    def advise(self) -> None:
+        """Say what is odd about the plan; it is carried out all the same."""
+        base = self.forward.base
+        facts = advice.Facts(
+            model_type=base.config.model_type,
+            parameters=sum(p.numel() for p in base.parameters() if not p.requires_grad),
+            learning_rate=self.h.learning_rate,
+            batch_size=self.h.batch_size,
+            dropout=self.h.dropout,
+            steps=self.total,
+            examples=self.examples,
+            cuda=self.plan.device == "cuda",
+        )
+        for code, said in advice.advise(facts):
+            self.emit.log("warn", said, code)
 
     def _resume(self) -> None:
         if self.plan.resume_from is None:
@@ -487,8 +506,9 @@ class _Trainer:
         between = self.every and step % self.every == 0
         if self.held_set and step > st.evaluated_step and (between or step % self.per_epoch == 0):
             self._evaluate()
-        if st.best.enough and step < self.total and st.evaluated_step == step:
-            said = f"no gain in {choice.PATIENCE} evaluations: the training ends after step {step}"
+        patience = self.h.early_stopping_patience
+        if st.best.enough(patience) and step < self.total and st.evaluated_step == step:
+            said = f"no gain in {patience} evaluations: the training ends after step {step}"
             self.emit.log("info", said, "early_stop")
             self.total = step
 
@@ -580,6 +600,11 @@ class _Trainer:
             said = f"the adapter of step {st.best.step} is kept, not the last: its validation loss"
             self.emit.log("info", f"{said} is {st.best.loss:.4f}", "best_kept")
             st.validation_loss = st.best.loss
+        overfit = verdict.overfit(
+            self.history.points("eval", "validation_loss"),
+            self.history.points("sample", "loss"),
+            st.base_validation_loss,
+        )
         outcome = {
             "steps": st.step,
             "adapter_step": adapter_step,
@@ -592,6 +617,7 @@ class _Trainer:
             "training_loss": st.loss if math.isfinite(st.loss) else None,
             "validation_loss": st.validation_loss,
             "base_validation_loss": st.base_validation_loss,
+            "overfit": overfit,
             "hyperparameters": asdict(self.h),
         }
         beside = self._beside(outcome)
@@ -607,6 +633,7 @@ class _Trainer:
             validation_loss=st.validation_loss,
             perplexity=None if st.validation_loss is None else _perplexity(st.validation_loss),
             base_validation_loss=st.base_validation_loss,
+            overfit=overfit,
             tokens=st.tokens,
             seconds=round(st.seconds, 6),
         )

@@ -41,7 +41,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The settings of the optimisation; batch_size counts examples per optimizer step."""
+    """The settings of the optimisation; batch_size counts examples per optimizer step.
+
+    After `early_stopping_patience` evaluations without a gain the training ends; 0 for never.
+    """
 
     learning_rate: float
     batch_size: int
@@ -53,6 +56,7 @@ class Hyperparameters:
     weight_decay: float = 0.0
     max_seq_length: int = 2048
     seed: int = 42
+    early_stopping_patience: int = 3
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def parse(raw: dict[str, Any]) -> Plan:
         "weight_decay": h.number("weight_decay", 0.0, low=0, high=10),
         "max_seq_length": h.integer("max_seq_length", 2048, low=16, high=1 << 20),
         "seed": h.integer("seed", 42, low=-(1 << 63), high=(1 << 63) - 1),
+        "early_stopping_patience": h.integer("early_stopping_patience", 3, low=0, high=1000),
     }
     rest: dict[str, Any] = {
         "validation_fraction": r.number("validation_fraction", 0.05, low=0, high=0.5),

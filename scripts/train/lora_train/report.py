@@ -22,6 +22,13 @@ SAMPLES_NOTE = (
 )
 
 
+OVERFIT = {
+    "yes": "yes: validation loss rose while training loss fell",
+    "no": "no",
+    "unknown": "unknown, for want of validation examples",
+}
+
+
 def data_report(plan: Plan, ready: Prepared, epoch_tokens: int) -> dict[str, Any]:
     """What the model was trained on; `epoch_tokens` were computed in the first epoch."""
     apart = ready.tokens_apart
@@ -125,6 +132,7 @@ def card(plan: Plan, outcome: Mapping[str, Any], ready: Prepared) -> str:
         f"| training loss | {_said(outcome['training_loss'])} |",
         f"| validation loss | {_said(outcome['validation_loss'])}, "
         f"before training {_said(outcome['base_validation_loss'])} |",
+        f"| overfit | {OVERFIT[outcome['overfit']]} |",
         "",
         "Loss is the mean negative log likelihood of a token, in nats, taken on the assistant's",
         "text alone. `samples.txt` shows what the model saw, `data_report.json` tells of the data,",

@@ -49,7 +49,7 @@ FIELDS = {
     "heartbeat": "stage step rss_bytes",
     "error": "kind message hint detail",
     "result": "path files steps epochs training_loss validation_loss perplexity"
-    " base_validation_loss tokens seconds",
+    " base_validation_loss overfit tokens seconds",
     "exit": "code reason last_checkpoint_step",
 }
 # Events that may be lost with the machine; the file is not synced for them.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lora_train import choice, loop
 from lora_train.stop import Preempted
 
-HYPER = {"dropout": 0.0, "epochs": 6, "batch_size": 8}
+HYPER = {"dropout": 0.0, "epochs": 6, "batch_size": 8, "early_stopping_patience": 3}
 
 
 def adapter(run: Played) -> dict[str, Any]:
@@ -42,6 +42,8 @@ def test_the_best_adapter_is_kept(
     assert end["epochs"] == evals[-1]["epoch"] < HYPER["epochs"]
     card = (Path(end["path"]) / "README.md").read_text()
     assert f"of step {evals[1]['step']}, where the validation loss was lowest" in card
+    # Training went on to learn by heart, though what is kept is from before that.
+    assert end["overfit"] == "yes" and "| overfit | yes" in card
 
     # It is the adapter of that step, also after a resume from a later one.
     at = evals[1]["step"]
@@ -61,10 +63,10 @@ def test_the_best_adapter_is_kept(
 
 def test_best_and_enough() -> None:
     best = choice.Best()
-    assert best.add(2.0, 1) and best.add(1.5, 2) and not best.enough
+    assert best.add(2.0, 1) and best.add(1.5, 2) and not best.enough(2)
     # A gain below half a percent is the best, but no reason to go on.
     assert best.add(1.499, 3) and best.add(1.498, 4) and not best.add(1.6, 5)
-    assert best.enough and best.step == 4
+    assert best.enough(3) and not best.enough(4) and not best.enough(0) and best.step == 4
 
 
 def test_evaluations_stay_within_their_share() -> None:

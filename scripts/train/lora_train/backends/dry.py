@@ -271,6 +271,7 @@ class _Player:
             validation_loss=last if validation else None,
             perplexity=round(math.exp(min(last, 700)), 6) if validation else None,
             base_validation_loss=round(self.script.loss[0] * 1.05, 6) if validation else None,
+            overfit="no" if validation else "unknown",
             tokens=self.state.tokens,
             seconds=round(self.state.seconds, 6),
         )

@@ -10,6 +10,7 @@ export CGO_CFLAGS := -O2 -Wno-deprecated-declarations
 PYTHON = $(shell cat .data/python)
 PYRIGHT = $(shell cat .data/pyright)
 APP_TOOLS = $(shell cat .data/app)
+PROMETHEUS = $(shell cat .data/prometheus 2>/dev/null)
 TRAIN := scripts/train
 BENCH ?=
 DATA ?= $(TRAIN)/testdata/demo.jsonl
@@ -61,7 +62,7 @@ fmt: ## format Go and Python
 .PHONY: gotest
 gotest: ## Go tests against the real Postgres and Redis, with the race detector
 	@echo "== go test -race"
-	@TRAINER_PYTHON="$(PYTHON)" APP_TOOLS="$(APP_TOOLS)" go test -race -p 2 -timeout 25m ./...
+	@TRAINER_PYTHON="$(PYTHON)" APP_TOOLS="$(APP_TOOLS)" PROMETHEUS="$(PROMETHEUS)" go test -race -p 2 -timeout 25m ./...
 
 .PHONY: pytest
 pytest: ## the trainer's tests, on the CPU

@@ -18,6 +18,7 @@ require (
 	github.com/redis/go-redis/v9 v9.23.0 // Redis, and the hook that the gate is; fixed by the mission
 	github.com/supabase-community/storage-go v0.8.1 // small calls to Supabase Storage; fixed by the mission
 	go.uber.org/goleak v1.3.0 // tests: no goroutine is left behind
+	go.yaml.in/yaml/v3 v3.0.5 // tests: reads the alerts that promtool reads
 	golang.org/x/sync v0.24.0 // errgroup: goroutines that are waited for
 	golang.org/x/sys v0.49.0 // what package syscall lacks: subreaper, timerfd, pidfd, cgroup, socket options
 	golang.org/x/time v0.15.0 // auth: how often a stranger's key makes us ask; indirect of asynq too

@@ -36,6 +36,7 @@ var uses = map[string]string{
 	"grant":    "metrics storage store",
 	"retain":   "metrics storage store",
 	"vet":      "dataset metrics queue storage store",
+	"boards":   "metrics",           // dashboards; only its JSON is shipped
 	"watch":    "job metrics store", // what the database knows, as metrics
 	// Support, never linked into a shipped binary.
 	"storage/local":     "",

@@ -161,6 +161,8 @@ func (d *Dispatcher) lead(ctx context.Context, term int64, sent time.Time) {
 	// A standby knows nothing of the queue; what it once knew must not stay.
 	defer d.Metrics.Waiting.Reset()
 	defer d.Metrics.OldestAge.Reset()
+	defer d.Metrics.Jobs.Reset()
+	defer d.Metrics.HostsTaking.Set(0)
 	ctx, depose := context.WithCancelCause(ctx)
 	defer depose(nil)
 	var keeper sync.WaitGroup

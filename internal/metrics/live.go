@@ -45,7 +45,7 @@ func newLive(s *set, from func() []Job) *live {
 		l.descs = append(l.descs, d)
 		return d
 	}
-	job, attempt := label("job"), label("attempt")
+	job, attempt := label("job_id"), label("attempt") // "job" is Prometheus' own word
 	l.info = add("lorayard_job_info", "1 while the attempt runs, for each of its devices: joins a device's series with its job.", job, attempt, gpuUUID, label("class"), label("base_model"), label("stage", attemptStage...))
 	l.step = add("lorayard_job_step", "Optimizer steps done.", job, attempt)
 	l.steps = add("lorayard_job_steps", "Optimizer steps of the whole job.", job, attempt)

@@ -175,11 +175,11 @@ func faults(f Family) (out []string) {
 	for l, values := range f.Labels {
 		live := strings.HasPrefix(f.Name, "lorayard_job_") && f.Type == Gauge
 		switch {
-		case (l == "job" || l == "attempt" || l == "base_model") && !live:
+		case (l == "job_id" || l == "attempt" || l == "base_model") && !live:
 			say("label %s on what does not end with the job", l)
 		case values == nil && !live && !slices.Contains(ours, l):
 			say("nothing bounds label %s", l)
-		case l == "le" || l == "quantile" || l == "instance":
+		case l == "le" || l == "quantile" || l == "instance" || l == "job":
 			say("label %s is Prometheus' own", l)
 		}
 	}
@@ -198,7 +198,7 @@ func TestOurRulesNoticeBadNames(t *testing.T) {
 		{"no unit", Family{Name: "lorayard_gpu_energy", Type: Gauge, Help: "Energy of it."}},
 		{"begin", Family{Name: "queue_jobs", Type: Gauge, Help: "Jobs of the queue."}},
 		{"sentence", Family{Name: "lorayard_queue_jobs", Type: Gauge, Help: "jobs"}},
-		{"label job", Family{Name: "lorayard_trainer_steps_total", Type: Counter, Help: "Optimizer steps.", Labels: map[string][]string{"job": nil}}},
+		{"label job_id", Family{Name: "lorayard_trainer_steps_total", Type: Counter, Help: "Optimizer steps.", Labels: map[string][]string{"job_id": nil}}},
 		{"bounds", Family{Name: "lorayard_trainer_steps_total", Type: Counter, Help: "Optimizer steps.", Labels: map[string][]string{"user": nil}}},
 	} {
 		if got := strings.Join(faults(c.f), "; "); !strings.Contains(got, c.say) {

@@ -57,6 +57,9 @@ func (p *Process) startShim(c Cmd) (*Process, error) {
 		}
 		flags = append(flags, "--"+flag+"="+path)
 	}
+	if c.CPUs != "" || c.Memory != "" {
+		flags = append(flags, "--cpus="+c.CPUs, "--memory="+c.Memory)
+	}
 	p.cmd.Args = append(p.cmd.Args, flags...)
 	p.cmd.Args = append(append(p.cmd.Args, "--", c.Path), c.Args...)
 	if err := p.cmd.Start(); err != nil {

@@ -99,6 +99,12 @@ type Cmd struct {
 	// both Socket and Record, and its output does not go to Stdout or Stderr.
 	Record string
 
+	// CPUs and Memory are the processors and the NUMA nodes that the child runs
+	// best on, as lists of the kernel's form (0-15,32-47). What the host does
+	// not let it have is said on the shim's standard error, and left. Empty:
+	// wherever.
+	CPUs, Memory string
+
 	// Orphaned is given to the hook of RunShim when the shim has ended the
 	// child because nobody was in charge of it any more.
 	Orphaned string
@@ -170,8 +176,8 @@ func Start(c Cmd) (*Process, error) {
 	if len(c.Shim) > 0 {
 		return p.startShim(c)
 	}
-	if c.Deadline != 0 || c.Log != "" || c.Socket != "" || c.Record != "" || c.Orphaned != "" {
-		return nil, fmt.Errorf("start %s: deadline, log, socket, record and orphaned need a shim", c.Path)
+	if c.Deadline != 0 || c.Log != "" || c.Socket != "" || c.Record != "" || c.Orphaned != "" || c.CPUs != "" || c.Memory != "" {
+		return nil, fmt.Errorf("start %s: deadline, log, socket, record, orphaned, CPUs and memory need a shim", c.Path)
 	}
 	if err := p.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.Path, err)

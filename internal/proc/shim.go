@@ -64,6 +64,8 @@ func RunShim(args []string, orphaned func(path string)) int {
 	lifeline := fs.Int("lifeline", 0, "descriptor of the lifeline; those from 3 to below it become the child's")
 	deadline := fs.Int64("deadline", 0, "CLOCK_BOOTTIME in nanoseconds at which all must be over; 0: never")
 	log := fs.String("log", "", "file for the child's output")
+	fs.StringVar(&s.cpus, "cpus", "", "processors for the child")
+	fs.StringVar(&s.memory, "memory", "", "NUMA nodes for the child's memory")
 	path := fs.String("orphaned", "", "given to the hook when nobody was in charge any more")
 	if err := fs.Parse(args); err != nil {
 		return exitUsage
@@ -102,6 +104,7 @@ type shim struct {
 	orphanGrace, grace time.Duration
 	tryCgroup          bool
 	socket, record     string
+	cpus, memory       string
 
 	lifeline *lifeline // nil while nobody is in charge
 	signals  chan os.Signal
@@ -266,6 +269,10 @@ func (s *shim) fork(argv []string, files []uintptr) error {
 	}
 	if s.cgroup != nil {
 		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(s.cgroup.dir.Fd())
+	}
+	// The child inherits it from this thread.
+	if err := pin(s.cpus, s.memory); err != nil {
+		fmt.Fprintln(os.Stderr, "shim:", err)
 	}
 	if s.alarm.passed() {
 		s.leaveCgroup()

@@ -67,6 +67,25 @@ type Options struct {
 	// Grace is how long the trainer may take to save and leave after a
 	// hand-over that nobody answered.
 	Grace time.Duration
+
+	// Near is where the trainer runs best.
+	Near Near
+}
+
+// Near names the processors and the memory that are next to the devices. Its
+// zero value names none.
+type Near struct {
+	CPUs    string // a list as the kernel writes it, 0-15,32-47; empty: any
+	Memory  string // NUMA nodes in the same form; empty: any
+	Threads int    // a fair share of the processors; 0: not known
+}
+
+// near tells libraries that look nowhere else how many threads to use.
+func near(env []string, threads int) []string {
+	if threads > 0 {
+		env = append(env, fmt.Sprintf("OMP_NUM_THREADS=%d", threads))
+	}
+	return env
 }
 
 // Files in the run directory beside those of the protocol.
@@ -102,10 +121,11 @@ func (t *Trainer) Start(plan wire.Plan, devices []string, environ []string, o Op
 	}
 	p, err := proc.Start(proc.Cmd{
 		Path: t.Python, Args: []string{"-m", "lora_train", "--plan", path}, Dir: t.Dir,
-		Env:   Environment(environ, devices, dir, t.Env),
+		Env:   near(Environment(environ, devices, dir, t.Env), plan.Threads),
 		Extra: []*os.File{eventsW, commandsR}, Shim: t.Shim,
 		Grace: o.Grace, Deadline: o.Deadline, Orphaned: o.Orphaned,
 		Log: filepath.Join(dir, logFile), Socket: filepath.Join(dir, socketFile), Record: filepath.Join(dir, exitFile),
+		CPUs: o.Near.CPUs, Memory: o.Near.Memory,
 	})
 	eventsW.Close()
 	commandsR.Close()

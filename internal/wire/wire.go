@@ -39,6 +39,7 @@ type Plan struct {
 	KeepCheckpoints        int             `json:"keep_checkpoints"`
 	ResumeFrom             string          `json:"resume_from"` // checkpoint directory, empty for none
 	Threads                int             `json:"threads"`     // 0: the library chooses
+	Sanity                 bool            `json:"sanity"`      // check the devices before the training
 	Dry                    *Dry            `json:"dry,omitempty"`
 }
 
@@ -237,6 +238,12 @@ type Event struct {
 	LastCheckpointStep int    `json:"last_checkpoint_step"`
 
 	RSSBytes int64 `json:"rss_bytes"` // heartbeat
+
+	// sanity
+	Index    int    `json:"index"`                 // of the device among the attempt's
+	Wrong    string `json:"wrong"`                 // empty: all was well
+	FLOPS    Float  `json:"flops"`                 // of matrix products, floating-point operations a second
+	CopyRate Float  `json:"copy_bytes_per_second"` // inside the device's memory, read and written
 }
 
 // Code is the word of a log event or the number of an exit event, as text.

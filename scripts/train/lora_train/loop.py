@@ -35,6 +35,7 @@ from lora_train import (
     probe,
     reload,
     report,
+    sanity,
     schedule,
     verdict,
 )
@@ -141,6 +142,8 @@ class _Trainer:
         """Load the model, put the adapter on it, resume."""
         self.emit.stage("loading_model")
         self.stop.check()
+        if self.plan.sanity:
+            sanity.check(self.session)
         self.model = model.load(self.plan)
         self.parameters = model.trainable(self.model)
         self.optimizer = optimizer.Optimizer(self.parameters, self.h.weight_decay)

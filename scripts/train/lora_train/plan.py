@@ -90,6 +90,7 @@ class Plan:
     keep_checkpoints: int = 2
     resume_from: Path | None = None
     threads: int = 0
+    sanity: bool = False
     dry: Dry = field(default_factory=Dry)
 
     @property
@@ -159,6 +160,7 @@ def parse(raw: dict[str, Any]) -> Plan:
         "checkpoint_every_seconds": r.number("checkpoint_every_seconds", 60.0, low=0),
         "keep_checkpoints": r.integer("keep_checkpoints", 2, low=1, high=1000),
         "threads": r.integer("threads", 0, low=0, high=1024),
+        "sanity": r.boolean("sanity", False),
     }
     resume = r.path("resume_from", empty=True)
     y = r.section("dry", optional=True)

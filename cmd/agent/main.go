@@ -194,10 +194,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
-	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Generation: generation, Hostname: hostname, Version: version, BaseModels: models, Labels: labels}
-	for _, d := range devices {
-		self.Devices = append(self.Devices, store.Device(d))
-	}
+	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Generation: generation, Hostname: hostname, Version: version, BaseModels: models, Labels: labels, Devices: agent.Offer(devices, nil)}
 	tr := &trainer.Trainer{Python: s.Python, Dir: s.TrainerDir, Shim: []string{"/proc/self/exe", "shim"}, Backend: s.Backend}
 	if s.Backend == "dry" {
 		tr.Dry = &wire.Dry{Steps: s.DrySteps, StepSeconds: s.DryStepTime.Seconds(), Loss: [2]float64{3.2, 0.4}}

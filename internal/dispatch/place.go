@@ -218,7 +218,8 @@ func (d *Dispatcher) host(h store.Host, busy map[string]bool) place.Host {
 	d.mu.Unlock()
 	out.Draining = out.Draining || gone
 	for _, dev := range h.Devices {
-		x := place.Device{UUID: dev.UUID, Class: dev.Class, MemoryBytes: dev.MemoryBytes, Fault: dev.Fault, Busy: busy[dev.UUID]}
+		x := place.Device{UUID: dev.UUID, Class: dev.Class, MemoryBytes: dev.MemoryBytes, Fault: dev.Fault, Busy: busy[dev.UUID], Node: dev.Node}
+		out.Links = append(out.Links, dev.Links) // placement leaves alone what is not whole
 		if _, priced := d.known.rates[dev.Class]; !priced && x.Fault == "" {
 			x.Fault = "its class has no rate" // it would run for nothing
 		}

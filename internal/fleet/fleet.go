@@ -149,10 +149,7 @@ func (f *Fleet) dispatcher(ctx, run context.Context, i int) error {
 func (f *Fleet) agent(run context.Context, id string, labels map[string]string) {
 	log := f.c.Log.With("agent", id)
 	devices := gpu.Pretend(f.c.GPUs, f.c.Class, id)
-	self := store.Agent{ID: id, Boot: uuid.NewString(), Instance: id, Hostname: "here", BaseModels: f.c.Models, Labels: labels}
-	for _, d := range devices {
-		self.Devices = append(self.Devices, store.Device(d))
-	}
+	self := store.Agent{ID: id, Boot: uuid.NewString(), Instance: id, Hostname: "here", BaseModels: f.c.Models, Labels: labels, Devices: agent.Offer(devices, nil)}
 	a := agent.New(agent.Parts{
 		Self: self, Store: f.Store, Ledger: gpu.NewLedger(devices), Metrics: metrics.NewAgent(""), Log: log,
 		Config:   agent.Config{Lease: f.c.Lease, Renew: f.c.Renew, OutOfTouch: 15 * time.Minute, HandOver: time.Minute},

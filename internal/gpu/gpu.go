@@ -22,6 +22,8 @@ type Device struct {
 	MemoryBytes int64
 	Pretend     bool   // no GPU at all: the trainer runs on the CPU
 	Fault       string // why it must not be used; empty: fit
+	Bus         string // PCI address, see NormalBus; empty: not known
+	Node        int    // NUMA node of its slot; -1: not known
 }
 
 // Classify gives the class of a device by the driver's name and its memory,
@@ -42,7 +44,8 @@ func Classify(name string, memoryBytes int64) string {
 }
 
 // Pretend makes n devices of a class that do not exist, for development. Their
-// UUIDs follow from host, so a restarted agent has the same ones.
+// UUIDs follow from host, so a restarted agent has the same ones; the PCI
+// addresses, of a domain that no host has, from 1 on.
 func Pretend(n int, class, host string) []Device {
 	memory := int64(80)
 	for _, c := range job.Classes() {
@@ -55,7 +58,7 @@ func Pretend(n int, class, host string) []Device {
 		h := sha256.Sum256(fmt.Appendf(nil, "lorayard pretend %s %d", host, i))
 		out[i] = Device{
 			UUID: fmt.Sprintf("GPU-%x-%x-%x-%x-%x", h[:4], h[4:6], h[6:8], h[8:10], h[10:16]), Index: i,
-			Name: "pretended " + class, Class: class, MemoryBytes: memory << 30, Pretend: true,
+			Name: "pretended " + class, Class: class, MemoryBytes: memory << 30, Pretend: true, Bus: fmt.Sprintf("ffff:%02x:00", i+1), Node: -1,
 		}
 	}
 	return out
@@ -92,6 +95,10 @@ func (e *UnavailableError) Error() string {
 func (l *Ledger) Reserve(uuids []string) (*Reservation, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	return l.reserve(uuids)
+}
+
+func (l *Ledger) reserve(uuids []string) (*Reservation, error) {
 	bad := map[string]string{}
 	seen := map[string]bool{}
 	for _, u := range uuids {
@@ -116,6 +123,51 @@ func (l *Ledger) Reserve(uuids []string) (*Reservation, error) {
 		l.lent[u] = r
 	}
 	return r, nil
+}
+
+// Reclaim lends devices to an attempt that had them already: they may have
+// become unfit under it.
+func (l *Ledger) Reclaim(uuids []string) (*Reservation, error) {
+	l.mu.Lock()
+	kept := map[string]string{}
+	for i := range l.devices {
+		if d := &l.devices[i]; slices.Contains(uuids, d.UUID) && d.Fault != "" {
+			kept[d.UUID], d.Fault = d.Fault, ""
+		}
+	}
+	r, err := l.reserve(uuids)
+	for i := range l.devices {
+		if fault, ok := kept[l.devices[i].UUID]; ok {
+			l.devices[i].Fault = fault
+		}
+	}
+	l.mu.Unlock()
+	return r, err
+}
+
+// SetFault says why a device must not be lent any more; empty: it may. Whoever
+// has it keeps it.
+func (l *Ledger) SetFault(uuid, fault string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.devices {
+		if l.devices[i].UUID == uuid {
+			l.devices[i].Fault = fault
+		}
+	}
+}
+
+// Faults says of every device that is not fit why.
+func (l *Ledger) Faults() map[string]string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := map[string]string{}
+	for _, d := range l.devices {
+		if d.Fault != "" {
+			out[d.UUID] = d.Fault
+		}
+	}
+	return out
 }
 
 // Release takes the devices of r back. Releasing twice changes nothing.

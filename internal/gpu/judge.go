@@ -124,6 +124,7 @@ type Verdict struct {
 	XID    int // that led to it; 0: none
 	Since  time.Time
 	Check  bool // the next attempt on it has to begin with a sanity check
+	Fatal  bool // what ran on it when it came to stand so is lost
 }
 
 // Fault says why the device must not be lent; empty: it may be.
@@ -141,9 +142,9 @@ func (v Verdict) Fault() string {
 type Change struct {
 	Verdict
 	Before State
-	// Fatal is set when whatever runs on the device is lost and has to be ended
-	// now. It may come without a change of state.
-	Fatal bool
+	// Lost is set when whatever runs on the device now is lost and has to be
+	// ended. It may come without a change of state.
+	Lost bool
 }
 
 // Times and numbers by which is judged.
@@ -166,6 +167,7 @@ type Judge struct {
 	boot    string
 	records map[string]*record
 	changes []Change
+	news    bool // something that outlives the process is not as it was saved
 }
 
 // record is what the judge knows of a device; the exported part outlives the
@@ -184,6 +186,7 @@ type record struct {
 	Apps    []mark    `json:"apps,omitempty"`    // errors of programs on it
 	Doubts  []mark    `json:"doubts,omitempty"`  // trainers that blamed it
 	Yielded time.Time `json:"yielded,omitzero"`  // when the driver's word undid a quarantine
+	Fatal   bool      `json:"fatal,omitempty"`   // see Verdict
 	Remap   bool      `json:"remap,omitempty"`   // a row waited to be replaced
 	Absent  bool      `json:"absent,omitempty"`  // the driver did not list it
 
@@ -241,6 +244,7 @@ func NewJudge(boot string, saved []byte) (*Judge, error) {
 
 // Save is what NewJudge takes.
 func (j *Judge) Save() ([]byte, error) {
+	j.news = false
 	rs := slices.SortedFunc(maps.Values(j.records), func(a, b *record) int { return strings.Compare(a.UUID, b.UUID) })
 	raw, err := json.MarshalIndent(rs, "", "  ")
 	if err != nil {
@@ -248,6 +252,9 @@ func (j *Judge) Save() ([]byte, error) {
 	}
 	return append(raw, '\n'), nil
 }
+
+// News reports whether Save would give something else than the last time.
+func (j *Judge) News() bool { return j.news }
 
 // Changes returns the changes since the last call, in order.
 func (j *Judge) Changes() []Change {
@@ -275,7 +282,7 @@ func (j *Judge) Verdicts() []Verdict {
 }
 
 func (j *Judge) verdict(r *record) Verdict {
-	v := Verdict{UUID: r.UUID, State: r.State, Reason: r.Reason, Action: r.Action, XID: r.XID, Since: r.Since, Check: r.Doubted || r.Checked != j.boot}
+	v := Verdict{UUID: r.UUID, State: r.State, Reason: r.Reason, Action: r.Action, XID: r.XID, Since: r.Since, Check: r.Doubted || r.Checked != j.boot, Fatal: r.Fatal}
 	if r.foreign && v.Fault() == "" {
 		v.State, v.Action, v.XID = StateForeign, ActionNone, 0
 		v.Reason = fmt.Sprintf("busy: %.1f GiB used by a process that is not ours", float64(r.used)/(1<<30))
@@ -288,6 +295,7 @@ func (j *Judge) verdict(r *record) Verdict {
 // is not now is missing; one that a restart of the host has reset is to be
 // checked and used.
 func (j *Judge) Inventory(now time.Time, uuids []string) {
+	j.news = true
 	for _, r := range j.records {
 		r.present = false
 	}
@@ -322,11 +330,13 @@ func (j *Judge) Inventory(now time.Time, uuids []string) {
 
 // set gives a device another verdict. fatal ends what runs on it.
 func (j *Judge) set(now time.Time, r *record, s State, a Action, xid int, reason string, fatal bool) {
+	j.news = true
 	before := j.verdict(r)
 	if r.State != s {
 		r.Since = now
 	}
 	r.State, r.Action, r.XID, r.Reason, r.Boot = s, a, xid, reason, j.boot
+	r.Fatal = fatal && (s == StateQuarantined || s == StateMissing)
 	r.clearFrom = time.Time{}
 	j.tell(r, before, fatal)
 }
@@ -334,7 +344,7 @@ func (j *Judge) set(now time.Time, r *record, s State, a Action, xid int, reason
 func (j *Judge) tell(r *record, before Verdict, fatal bool) {
 	after := j.verdict(r)
 	if fatal || after.State != before.State || after.Reason != before.Reason || after.Action != before.Action {
-		j.changes = append(j.changes, Change{Verdict: after, Before: before.State, Fatal: fatal})
+		j.changes = append(j.changes, Change{Verdict: after, Before: before.State, Lost: fatal})
 	}
 }
 
@@ -355,8 +365,8 @@ func (j *Judge) out(now time.Time, r *record, s State, a Action, xid int, reason
 	}
 	if r.State != StateOK && r.State != StateSuspect && severity(r.Action) >= severity(a) && (r.State == StateMissing || s != StateMissing) {
 		if fatal && r.job != "" {
-			before := j.verdict(r)
-			j.tell(r, before, true)
+			r.Fatal, j.news = true, true
+			j.tell(r, j.verdict(r), true)
 		}
 		return
 	}
@@ -378,7 +388,7 @@ func (j *Judge) back(now time.Time, r *record, how string) {
 
 // suspect keeps a device in use, with a check first.
 func (j *Judge) suspect(now time.Time, r *record, xid int, reason string, fatal bool) {
-	r.Doubted = true
+	r.Doubted, j.news = true, true
 	if r.State == StateOK || r.State == StateSuspect {
 		j.set(now, r, StateSuspect, ActionNone, xid, reason, fatal)
 	} else if fatal {
@@ -451,7 +461,10 @@ func (j *Judge) Fault(now time.Time, f Fault) bool {
 // app counts an error of a program: where programs of different jobs fail, the
 // device may be the reason.
 func (j *Judge) app(now time.Time, r *record, x XID) {
-	r.Apps = append(within(r.Apps, now, memoryOfDay), mark{XID: x.Code, Job: r.job, At: now})
+	j.news = true
+	// One mark a job and number is enough: a program may fail ten thousand times.
+	r.Apps = slices.DeleteFunc(within(r.Apps, now, memoryOfDay), func(m mark) bool { return m.XID == x.Code && m.Job == r.job })
+	r.Apps = append(r.Apps, mark{XID: x.Code, Job: r.job, At: now})
 	if n := jobs(r.Apps); n > 1 {
 		j.suspect(now, r, x.Code, fmt.Sprintf("%s, in %d jobs within a day", x, n), false)
 	}
@@ -505,10 +518,12 @@ func (j *Judge) Facts(now time.Time, uuid string, f Facts) {
 		j.out(now, r, StateQuarantined, ActionReplace, 0, "a broken memory row cannot be replaced any more", false)
 	case f.RemapPending:
 		// What it computes is right; the row is replaced when it is reset.
-		r.Remap = true
+		if !r.Remap {
+			r.Remap, j.news = true, true
+		}
 		j.out(now, r, StateQuarantined, ActionDrain, 0, "a broken memory row is replaced at the next reset", false)
 	case r.Remap:
-		r.Remap = false
+		r.Remap, j.news = false, true
 		if r.State == StateQuarantined && r.Action == ActionDrain {
 			j.back(now, r, "it was reset")
 		}
@@ -641,6 +656,7 @@ func (j *Judge) Checked(now time.Time, uuid, wrong string) {
 	if r == nil {
 		return
 	}
+	j.news = true
 	if wrong == "" {
 		before := j.verdict(r)
 		r.Checked, r.Doubted = j.boot, false
@@ -666,6 +682,7 @@ func (j *Judge) Doubt(now time.Time, uuid, job, why string) {
 	if r == nil || !r.lastFault.IsZero() && now.Sub(r.lastFault) < 2*sameFault {
 		return
 	}
+	j.news = true
 	r.Doubts = append(within(r.Doubts, now, memoryOfDay), mark{Job: job, At: now})
 	if len(r.Doubts) > doubtsAllowed && jobs(r.Doubts) > 1 {
 		j.out(now, r, StateQuarantined, ActionReset, 0, fmt.Sprintf("%d trainers failed on it within a day, the last one with: %s", len(r.Doubts), why), false)
@@ -685,6 +702,7 @@ func (j *Judge) Lift(now time.Time, uuid string) error {
 		return fmt.Errorf("device %s is not in quarantine", uuid)
 	case !r.present:
 		delete(j.records, uuid)
+		j.news = true
 		return nil
 	}
 	r.Resets, r.Doubts, r.Apps, r.Remap = nil, nil, nil, false

@@ -71,7 +71,7 @@ func (x *bench) stands(s gpu.State, act gpu.Action, reason string) (fatal bool) 
 		if c.UUID != a {
 			x.t.Errorf("a change of %s", c.UUID)
 		}
-		fatal = fatal || c.Fatal
+		fatal = fatal || c.Lost
 	}
 	return fatal
 }

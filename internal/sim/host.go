@@ -121,10 +121,7 @@ func (h *host) begin() {
 	p := &process{actor: newActor(w, fmt.Sprint(h.name, h.boots), h.life), host: h, under: map[job.Ref]*trainer{}}
 	p.actor.agent = true
 	devices := gpu.Pretend(h.gpus, class, h.name)
-	self := store.Agent{ID: h.agent, Boot: p.name, Instance: h.name, Generation: int64(h.boots), BaseModels: []string{model}}
-	for _, d := range devices {
-		self.Devices = append(self.Devices, store.Device(d))
-	}
+	self := store.Agent{ID: h.agent, Boot: p.name, Instance: h.name, Generation: int64(h.boots), BaseModels: []string{model}, Devices: agent.Offer(devices, nil)}
 	p.ledger = gpu.NewLedger(devices)
 	p.store = agentStore{p.actor, p}
 	p.daemon = agent.New(agent.Parts{
@@ -371,6 +368,9 @@ func (t *trainer) Extend(d time.Duration) error {
 	t.deadline = t.host.w.now() + d
 	return nil
 }
+
+// Kill is attempt.Child's. No device breaks here.
+func (*trainer) Kill() {}
 
 func (t *trainer) due() instant {
 	t.mu.Lock()

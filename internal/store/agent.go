@@ -37,7 +37,9 @@ type Device struct {
 	Class       string `json:"class"`
 	MemoryBytes int64  `json:"memory_bytes"`
 	Pretend     bool   `json:"pretend"`
-	Fault       string `json:"fault"` // empty: fit for work
+	Fault       string `json:"fault"`           // empty: fit for work
+	Links       []int  `json:"links,omitempty"` // to the agent's devices in the order of Index, larger is better; empty: not known
+	Node        int    `json:"node"`            // NUMA node; -1: not known
 }
 
 const register = `SELECT lorayard.register_agent($1, $2, $3, $4, $5)`
@@ -98,6 +100,9 @@ func encodeRefs(refs []job.Ref) ([]byte, error) {
 // AgentState is what an agent says of itself at each renewal.
 type AgentState struct {
 	Draining bool `json:"draining"` // it takes nothing new
+	// Faults says why devices must not be used, by UUID; those that it does not
+	// name are fit. Nil: nothing changed since the registration.
+	Faults map[string]string `json:"faults,omitzero"`
 }
 
 // Wanted is what the control plane wants of an agent and its attempts.

@@ -158,7 +158,7 @@ type Waiting struct {
 	Priority int
 	Admitted time.Time
 	Reason   string   // why it was not placed before
-	Failed   []string // agents of attempts that failed or were lost, newest first, three at most
+	Failed   []string // agents of attempts that failed or were lost within the hour, newest first, three at most
 }
 
 // WaitingOfUser bounds what Waiting returns of one user: nobody is placed behind
@@ -171,7 +171,8 @@ const WaitingOfUser = 500
 const waiting = `
 	SELECT w.job_id::text, w.user_id::text, w.attempt, w.spec, w.priority, w.admitted_at, w.waiting,
 	       CASE WHEN w.attempt = 0 THEN '{}' ELSE ARRAY(SELECT a.agent_id FROM lorayard.attempts a
-	             WHERE a.job_id = w.job_id AND a.outcome IN ('failed', 'lost') ORDER BY a.attempt DESC LIMIT 3) END
+	             WHERE a.job_id = w.job_id AND a.outcome IN ('failed', 'lost') AND a.ended_at > clock_timestamp() - interval '1 hour'
+	             ORDER BY a.attempt DESC LIMIT 3) END
 	FROM (SELECT j.*, row_number() OVER (PARTITION BY j.user_id ORDER BY j.priority DESC, j.admitted_at, j.job_id) AS place
 	      FROM %s WHERE j.state = 'queued' AND j.desired <> 'pause' AND j.not_before <= clock_timestamp()) w
 	WHERE w.place <= $2 AND (SELECT t.status FROM public.training_jobs t WHERE t.id = w.job_id) = 'queued'
@@ -279,7 +280,7 @@ type Host struct {
 const hosts = `
 	SELECT a.id, a.base_models, a.labels,
 	       CASE WHEN a.drain_by IS NOT NULL OR a.draining THEN 'draining' WHEN a.cordoned THEN trim('cordoned ' || a.cordon_reason) ELSE '' END,
-	       d.uuid, d.index, d.name, d.class, d.memory_bytes, d.pretend, d.fault
+	       d.uuid, d.index, d.name, d.class, d.memory_bytes, d.pretend, d.fault, d.links, d.node
 	FROM lorayard.agents a LEFT JOIN lorayard.devices d ON d.agent_id = a.id
 	WHERE a.lease_until > clock_timestamp()
 	ORDER BY a.id, d.index`
@@ -296,11 +297,12 @@ func (s *Store) Hosts(ctx context.Context) ([]Host, error) {
 		var h Host
 		var d struct {
 			uuid, name, class, fault *string
-			index                    *int
+			index, node              *int
 			memory                   *int64
 			pretend                  *bool
+			links                    []int
 		}
-		if err := rows.Scan(&h.Agent, &h.BaseModels, &h.Labels, &h.Closed, &d.uuid, &d.index, &d.name, &d.class, &d.memory, &d.pretend, &d.fault); err != nil {
+		if err := rows.Scan(&h.Agent, &h.BaseModels, &h.Labels, &h.Closed, &d.uuid, &d.index, &d.name, &d.class, &d.memory, &d.pretend, &d.fault, &d.links, &d.node); err != nil {
 			return nil, fmt.Errorf("read hosts: %w", err)
 		}
 		if len(out) == 0 || out[len(out)-1].Agent != h.Agent {
@@ -308,7 +310,7 @@ func (s *Store) Hosts(ctx context.Context) ([]Host, error) {
 		}
 		if d.uuid != nil {
 			last := &out[len(out)-1]
-			last.Devices = append(last.Devices, Device{UUID: *d.uuid, Index: *d.index, Name: *d.name, Class: *d.class, MemoryBytes: *d.memory, Pretend: *d.pretend, Fault: *d.fault})
+			last.Devices = append(last.Devices, Device{UUID: *d.uuid, Index: *d.index, Name: *d.name, Class: *d.class, MemoryBytes: *d.memory, Pretend: *d.pretend, Fault: *d.fault, Links: d.links, Node: *d.node})
 		}
 	}
 	if err := rows.Err(); err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -749,6 +750,83 @@ func TestAnAttemptThatItsAgentDoesNotListIsLost(t *testing.T) {
 	renew(t, db, a)
 	if got := db.Text(`SELECT j.state || ' ' || a.outcome FROM lorayard.jobs j JOIN lorayard.attempts a USING (job_id)`); got != "queued lost" {
 		t.Errorf("job and attempt: %s", got)
+	}
+}
+
+func TestADeviceThatBreaksIsOfferedNoMore(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	a.Devices[0].Links, a.Devices[1].Links, a.Devices[1].Node = []int{0, 7}, []int{7, 0}, 1
+	register(t, db, a)
+	register(t, db, agent("b", 2))
+	say := func(faults map[string]string) {
+		t.Helper()
+		if _, err := db.Store.Renew(t.Context(), a, ttl, store.AgentState{Faults: faults}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// faults lists what the dispatcher sees, in the order of the devices.
+	faults := func() string {
+		t.Helper()
+		hosts, err := db.Store.Hosts(t.Context())
+		if err != nil || len(hosts) != 2 {
+			t.Fatalf("%v, %v", hosts, err)
+		}
+		if d := hosts[0].Devices; !slices.Equal(d[0].Links, []int{0, 7}) || d[0].Node != 0 || d[1].Node != 1 || hosts[1].Devices[0].Links == nil && len(hosts[1].Devices[0].Links) != 0 {
+			t.Errorf("%+v", hosts)
+		}
+		var out []string
+		for _, h := range hosts {
+			for _, d := range h.Devices {
+				out = append(out, d.Fault)
+			}
+		}
+		return strings.Join(out, "|")
+	}
+	for _, c := range []struct {
+		said map[string]string
+		want string
+	}{
+		{nil, "|||"},
+		{map[string]string{a.Devices[1].UUID: "XID 79", "GPU-b-0": "not yours to say"}, "|XID 79||"},
+		{nil, "|XID 79||"}, // an agent of before does not say
+		{map[string]string{a.Devices[0].UUID: "busy"}, "busy|||"},
+		{map[string]string{}, "|||"},
+	} {
+		say(c.said)
+		if got := faults(); got != c.want {
+			t.Errorf("after %v: %s, want %s", c.said, got, c.want)
+		}
+	}
+}
+
+func TestAnAgentThatFailedAJobIsAvoidedForAnHour(t *testing.T) {
+	db := storetest.New(t)
+	a := agent("a", 1)
+	id, _ := admitted(t, db, a)
+	ref := assign(t, db, id, 0, a)
+	ref.Nonce = nonce(11)
+	accept(t, db, a, ref)
+	if _, err := db.Store.Settle(t.Context(), ref, store.End{Outcome: store.OutcomeFailed, Failure: &job.Failure{Kind: job.GPUFault, Err: errors.New("XID 79")}}); err != nil {
+		t.Fatal(err)
+	}
+	failed := func() []string {
+		t.Helper()
+		ws, err := db.Store.Waiting(t.Context(), 10, nil)
+		if err != nil || len(ws) != 1 {
+			t.Fatalf("%v, %v", ws, err)
+		}
+		return ws[0].Failed
+	}
+	if got := failed(); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("avoids %v", got)
+	}
+	db.Exec(`UPDATE lorayard.attempts SET ended_at = ended_at - interval '61 minutes'`)
+	if got := failed(); len(got) != 0 {
+		t.Errorf("avoids %v an hour later", got)
+	}
+	if got := db.Text(`SELECT failures || ' ' || losses || ' ' || (SELECT bool_or(billable) FROM lorayard.usage_intervals) FROM lorayard.jobs`); got != "0 1 false" {
+		t.Errorf("failures, losses, billed: %s", got)
 	}
 }
 

@@ -70,6 +70,7 @@ Usage: agent <verb> [flags]
   drain      let the running agent take nothing new, finish or checkpoint --within a time, and leave
   restart    start the running agent anew, as the version on disk; its trainers run on
   status     say what the running agent does
+  quarantine list the devices of the running agent; "quarantine lift UUID" lets one be used again
   doctor     look at everything that a run needs and say what to do about problems
   version    print the version
   help       print this text; "agent <verb> --help" lists its flags
@@ -88,6 +89,7 @@ type settings struct {
 	TrainerDir  string        `flag:"trainer-dir" env:"TRAINER_DIR" default:"/opt/lorayard/scripts/train" help:"directory that holds the package lora_train"`
 	PretendGPUs int           `flag:"pretend-gpus" env:"PRETEND_GPUS" default:"0" help:"for development: so many pretended GPUs, training on the CPU"`
 	PretendType string        `flag:"pretend-class" env:"PRETEND_CLASS" default:"A100-80GB" help:"class of the pretended GPUs"`
+	KernelLog   string        `flag:"kernel-log" env:"KERNEL_LOG" default:"/dev/kmsg" help:"where the GPU driver's worst errors are told; for tests a pipe, empty: nowhere"`
 	Backend     string        `flag:"backend" env:"TRAINER_BACKEND" default:"torch" help:"torch, or dry: a scripted run without torch, for development"`
 	DrySteps    int           `flag:"dry-steps" env:"DRY_STEPS" default:"20" help:"steps of a dry run"`
 	DryStepTime time.Duration `flag:"dry-step-time" env:"DRY_STEP_TIME" default:"50ms" help:"time of one step of a dry run"`
@@ -112,6 +114,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		verb, args = args[0], args[1:]
 	}
 	switch verb {
+	case "quarantine":
+		return quarantine(ctx, args, environ, stdout)
 	case "drain", "restart", "status":
 		return tell(ctx, verb, args, environ, stdout)
 	case "run", "doctor":
@@ -175,6 +179,12 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
+	locks, err := gpu.LockDevices(gpu.LockDirs(), devices)
+	if err != nil {
+		return err
+	}
+	defer locks.Close()
+	places := gpu.FindPlaces("/sys", devices)
 	st, err := waitForStore(ctx, s, log)
 	if err != nil || st == nil {
 		return err
@@ -206,9 +216,18 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 			CheckpointEvery: s.Checkpoint, LeaveGrace: s.LeaveGrace, HandOver: s.HandOver, MinFreeBytes: s.MinFree, Environ: environ,
 		},
 	}
+	ledger := gpu.NewLedger(devices)
+	health, err := gpu.OpenHealth(gpu.HealthConfig{Dir: s.DataDir, Boot: gpu.BootID(), Devices: devices, Ledger: ledger, Log: log})
+	if err != nil {
+		return err
+	}
+	kernelLog := s.KernelLog
+	if s.PretendGPUs > 0 && kernelLog == gpu.KernelLog {
+		kernelLog = "" // it has nothing to say of them
+	}
 	streams := &presence.Client{Agent: s.ID, Boot: self.Boot, Version: version, Roots: roots, Log: log}
 	a := agent.New(agent.Parts{
-		Self: self, Store: st, Ledger: gpu.NewLedger(devices), Runner: runner, Metrics: m, Log: log,
+		Self: self, Store: st, Ledger: ledger, Health: health, Places: places, Runner: runner, Metrics: m, Log: log,
 		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, OutOfTouch: s.OutOfTouch, HandOver: s.HandOver},
 		NewNonce: uuid.NewString,
 		Dispatchers: func(addresses []string) {
@@ -227,6 +246,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	err = daemon.Run(ctx, log,
 		daemon.Ops(s.OpsAddr, m.Handler(), a.Ready),
 		daemon.Part{Name: "presence", Run: func(ctx context.Context) error { streams.Run(ctx); return nil }},
+		daemon.Part{Name: "devices", Run: func(ctx context.Context) error { health.Run(ctx, kernelLog); return nil }},
 		daemon.Part{Name: "control", Run: func(ctx context.Context) error { return a.Control(ctx, s.DataDir) }},
 		daemon.Part{Name: "agent", Run: func(ctx context.Context) error {
 			err := a.Run(ctx)

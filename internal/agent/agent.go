@@ -62,6 +62,8 @@ type Parts struct {
 	Self    store.Agent
 	Store   Store
 	Ledger  *gpu.Ledger
+	Health  *gpu.Health // nil: devices are taken as they are
+	Places  *gpu.Places // nil: trainers run wherever the host puts them
 	Runner  Runner
 	Metrics *metrics.Agent
 	Log     *slog.Logger
@@ -106,10 +108,12 @@ type Agent struct {
 
 // New puts an agent together.
 func New(p Parts) *Agent {
-	return &Agent{
+	a := &Agent{
 		Parts: p, started: time.Now(), running: map[job.Ref]*held{},
 		look: make(chan struct{}, 1), restart: make(chan struct{}), idle: make(chan struct{}),
 	}
+	a.watch()
+	return a
 }
 
 // held is one attempt under way.
@@ -187,7 +191,7 @@ type heir struct {
 func (a *Agent) reserve(ctx context.Context, left []attempt.Left) []heir {
 	var out []heir
 	for _, l := range left {
-		res, err := a.Ledger.Reserve(l.Assignment.Devices)
+		res, err := a.Ledger.Reclaim(l.Assignment.Devices)
 		if err != nil {
 			a.Log.ErrorContext(ctx, "attempt cannot go on", "job", l.Assignment.Ref.Job, "attempt", l.Assignment.Ref.Attempt, "err", err)
 			a.Runner.Discard(ctx, l)
@@ -209,7 +213,7 @@ func (a *Agent) register(ctx context.Context, left []heir) ([]job.Ref, error) {
 	var inUseSince time.Time
 	for {
 		sent := time.Now()
-		kept, err := a.Store.Register(ctx, a.Self, a.Config.Lease, adopt)
+		kept, err := a.Store.Register(ctx, a.self(), a.Config.Lease, adopt)
 		switch {
 		case err == nil:
 			a.mu.Lock()
@@ -292,6 +296,9 @@ func (a *Agent) renew(ctx context.Context) error {
 	}
 	state := store.AgentState{Draining: a.drain.own || a.stepAside}
 	a.mu.Unlock()
+	if a.Health != nil {
+		state.Faults = a.Ledger.Faults()
+	}
 	job.SortRefs(refs)
 
 	sent := time.Now()
@@ -427,6 +434,7 @@ func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.
 	ctx, cancel := context.WithCancelCause(context.Background())
 	live := &attempt.Live{Clock: a.Clock}
 	live.Free = func() { a.Ledger.Release(res) }
+	a.join(as, live)
 	a.mu.Lock()
 	live.Extend(a.Config.OutOfTouch - time.Since(a.inTouch))
 	a.running[as.Ref] = &held{cancel: cancel, started: time.Now(), live: live, as: as}
@@ -434,6 +442,7 @@ func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.
 		cancel(attempt.ErrPreempted)
 	}
 	a.mu.Unlock()
+	a.breakLost(as, live)
 	a.gauges()
 	a.wg.Go(func() {
 		defer cancel(nil)
@@ -441,7 +450,7 @@ func (a *Agent) begin(as job.Assignment, res *gpu.Reservation, run func(context.
 		if err != nil && job.KindOf(err) != job.LeaseLost && !errors.Is(err, attempt.ErrHandOver) {
 			a.Log.Error("attempt not settled", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "err", err)
 		}
-		if !errors.Is(err, attempt.ErrHandOver) {
+		if !errors.Is(err, attempt.ErrHandOver) && live.Free != nil { // nil: a trainer that cannot be killed has them
 			live.Free()
 		}
 		a.mu.Lock()
@@ -459,12 +468,7 @@ func (a *Agent) gauges() {
 	a.Metrics.Running.Set(float64(n))
 	a.Metrics.Tick()
 	free := len(a.Ledger.Free())
-	unfit := 0
-	for _, d := range a.Self.Devices {
-		if d.Fault != "" {
-			unfit++
-		}
-	}
+	unfit := len(a.Ledger.Faults())
 	a.Metrics.Devices.WithLabelValues("free").Set(float64(free))
 	a.Metrics.Devices.WithLabelValues("unfit").Set(float64(unfit))
 	a.Metrics.Devices.WithLabelValues("reserved").Set(float64(len(a.Self.Devices) - free - unfit))

@@ -55,6 +55,7 @@ func (h *host) Run(ctx context.Context, _ job.Assignment, live *attempt.Live) er
 }
 
 func (h *host) Extend(d time.Duration) error                              { h.deadline = time.Now().Add(d); return nil }
+func (h *host) Kill()                                                     {}
 func (h *host) Left(context.Context) []attempt.Left                       { return nil }
 func (h *host) Resume(context.Context, attempt.Left, *attempt.Live) error { return nil }
 func (h *host) Discard(context.Context, attempt.Left)                     {}

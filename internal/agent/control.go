@@ -21,14 +21,16 @@ import (
 //	{"do":"drain","within_seconds":1800}   → {"state":"takes work","attempts":[...], ...}
 //	{"do":"restart"}                         how it stood when it was told
 //	{"do":"status"}
+//	{"do":"lift","device":"GPU-..."}         take a device out of quarantine
 
 // controlSocket is its name in the data directory.
 const controlSocket = "agent.sock"
 
 // Command is what a running agent can be told.
 type Command struct {
-	Do            string  `json:"do"` // drain, restart or status
+	Do            string  `json:"do"` // drain, restart, status or lift
 	WithinSeconds float64 `json:"within_seconds,omitempty"`
+	Device        string  `json:"device,omitempty"` // UUID; of lift
 }
 
 // Status is what a running agent answers.
@@ -39,6 +41,7 @@ type Status struct {
 	Agent    string          `json:"agent"`
 	State    string          `json:"state"` // taking work, or why not
 	Attempts []AttemptStatus `json:"attempts"`
+	Devices  []DeviceStatus  `json:"devices"`
 }
 
 // AttemptStatus is one attempt of a running agent.
@@ -132,6 +135,12 @@ func (a *Agent) answer(conn net.Conn) {
 		a.Drain(time.Duration(c.WithinSeconds * float64(time.Second)))
 	case "restart":
 		a.Restart()
+	case "lift":
+		if err := a.lift(c.Device); err != nil {
+			s.Error = err.Error()
+			break
+		}
+		s.Devices = a.Devices()
 	default:
 		s.Error = fmt.Sprintf("this agent does not know %q: it may be older than the command", c.Do)
 	}
@@ -139,7 +148,7 @@ func (a *Agent) answer(conn net.Conn) {
 }
 
 func (a *Agent) status() Status {
-	s := Status{PID: os.Getpid(), Started: a.started, Agent: a.Self.ID, State: "takes work", Attempts: []AttemptStatus{}}
+	s := Status{PID: os.Getpid(), Started: a.started, Agent: a.Self.ID, State: "takes work", Attempts: []AttemptStatus{}, Devices: a.Devices()}
 	if err := a.Ready(); err != nil {
 		s.State = err.Error()
 	}

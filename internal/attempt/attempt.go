@@ -176,6 +176,7 @@ func (x *run) carry(ctx context.Context, work func(context.Context) (*job.Result
 	if errors.Is(err, ErrHandOver) {
 		return ErrHandOver
 	}
+	x.tellFault(err)
 	x.live.free()
 	x.freed = time.Now()
 	x.close(err == nil)
@@ -184,9 +185,14 @@ func (x *run) carry(ctx context.Context, work func(context.Context) (*job.Result
 
 // work is the attempt up to its uploads.
 func (x *run) work(ctx context.Context) (*job.Result, error) {
-	plan, err := x.prepare(ctx)
+	early, release := x.live.breakable(ctx)
+	plan, err := x.prepare(early)
+	release()
 	if err != nil {
 		return nil, x.orHandedOver(ctx, err)
+	}
+	if f := x.live.Fault(); f != nil {
+		return nil, f.failure()
 	}
 	trained, err := x.train(ctx, plan)
 	if err != nil {
@@ -237,7 +243,11 @@ func stopped(ctx context.Context) error {
 	if ctx.Err() == nil {
 		return nil
 	}
-	switch cause := context.Cause(ctx); {
+	cause := context.Cause(ctx)
+	if f, broke := errors.AsType[*DeviceFault](cause); broke {
+		return f.failure()
+	}
+	switch {
 	case errors.Is(cause, ErrCancelled):
 		return &job.Failure{Kind: job.CancelledByUser, Err: cause}
 	case errors.Is(cause, ErrLeaseLost):

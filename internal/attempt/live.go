@@ -18,11 +18,16 @@ type Live struct {
 	// Clock is what time is told by; nil: proc.Boottime, which a suspended host
 	// does not stop. The simulation brings its own.
 	Clock func() time.Duration
+	// Devices is what is known of the devices; set before the attempt begins.
+	Devices Devices
 
 	mu       sync.Mutex
 	until    time.Duration // on the clock
 	child    Child
-	standing func() Standing // nil: nothing is known yet
+	standing func() Standing    // nil: nothing is known yet
+	fault    *DeviceFault       // nil while no device is broken
+	broken   chan struct{}      // closed then; nil: nobody asked
+	callOff  func(*DeviceFault) // ends a preparation; nil: none is under way
 }
 
 // Child is a trainer with a deadline; *trainer.Run is one, the simulation
@@ -30,6 +35,8 @@ type Live struct {
 type Child interface {
 	// Extend gives it so much time from now.
 	Extend(time.Duration) error
+	// Kill ends it now.
+	Kill()
 }
 
 func (l *Live) now() time.Duration {
@@ -65,6 +72,9 @@ func (l *Live) Attach(child Child) {
 	l.child = child
 	if child != nil {
 		_ = child.Extend(l.until - l.now())
+		if l.fault != nil {
+			child.Kill()
+		}
 	}
 }
 

@@ -59,8 +59,17 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 			WarmupSteps: s.WarmupSteps, WeightDecay: s.WeightDecay, MaxSeqLength: s.MaxSeqLength, Seed: s.Seed,
 		},
 		ValidationFraction: 0.05, CheckpointEverySeconds: x.Config.CheckpointEvery.Seconds(), KeepCheckpoints: 2,
-		ResumeFrom: resume, Threads: x.Config.Threads,
+		ResumeFrom: resume, Threads: x.threads(), Sanity: x.live.Devices.Check,
 	}, nil
+}
+
+// threads is how many the trainer's libraries use: what the operator says, else
+// what the processors near its devices give each of them.
+func (x *run) threads() int {
+	if x.Config.Threads > 0 {
+		return x.Config.Threads
+	}
+	return x.live.Devices.Near.Threads
 }
 
 // setResumeStep records the step to go on from.

@@ -90,8 +90,9 @@ func (x *run) end(r *job.Result, err error) store.End {
 		return store.End{Outcome: store.OutcomeHandedBack, Failure: f}
 	}
 	e := store.End{Outcome: store.OutcomeFailed, Failure: f, Detail: f.Error()}
-	if f.Kind.Retryable() {
-		e.Delay = 5 * time.Second // the same trouble is seldom gone at once
+	if _, broke := errors.AsType[*DeviceFault](f.Err); !broke && f.Kind.Retryable() {
+		// The same trouble is seldom gone at once; a broken device is avoided.
+		e.Delay = 5 * time.Second
 	}
 	return e
 }

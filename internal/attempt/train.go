@@ -27,7 +27,7 @@ func (x *run) train(ctx context.Context, plan wire.Plan) (*wire.Event, error) {
 	}
 	child, err := x.Trainer.Start(plan, devices, x.Config.Environ, trainer.Options{
 		Deadline: max(x.live.left(), time.Nanosecond), // 0 would be for ever
-		Grace:    x.Config.LeaveGrace, Orphaned: filepath.Join(x.dir, reportFile),
+		Grace:    x.Config.LeaveGrace, Orphaned: filepath.Join(x.dir, reportFile), Near: x.live.Devices.Near,
 	})
 	if err != nil {
 		return nil, err
@@ -85,22 +85,48 @@ func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, erro
 	defer stopUploads()
 	uploader := errgroup.Group{}
 	uploader.Go(func() error { return x.uploadCheckpoints(uploads, saved) })
-	for e := range child.Events() {
-		x.hear(e, saved)
-		x.heard = max(x.heard, e.Seq)
-		if e.Ev == "result" {
-			result = &e.Event
-		}
-		if e.Ev == "plan" && large == nil {
-			if large = tooLarge(e.TrainableParameters, x.takes); large != nil {
-				child.Kill()
+	// A trainer on a broken device was killed by Break; it may be beyond that.
+	broken := x.live.Broken()
+	var hopeless <-chan time.Time
+	events, waited := child.Events(), make(chan error, 1)
+	var failure error
+	for over := false; !over; {
+		select {
+		case e, more := <-events:
+			if !more {
+				events = nil
+				go func() { waited <- child.Wait() }()
+				continue
 			}
+			x.hear(e, saved)
+			x.heard = max(x.heard, e.Seq)
+			if e.Ev == "result" {
+				result = &e.Event
+			}
+			if e.Ev == "plan" && large == nil {
+				if large = tooLarge(e.TrainableParameters, x.takes); large != nil {
+					child.Kill()
+				}
+			}
+		case failure = <-waited:
+			over = true
+		case <-broken:
+			broken, hopeless = nil, time.After(killLimit)
+		case <-hopeless:
+			if events != nil {
+				go func() { waited <- child.Wait() }()
+			}
+			x.abandon(child, waited)
+			failure, over = x.live.Fault().failure(), true
 		}
 	}
-	failure := child.Wait()
 	close(ended)
 	_ = g.Wait()
 	s := stopped(ctx)
+	var fault *DeviceFault
+	if failure != nil {
+		fault = x.faultBehind(ctx, job.KindOf(failure))
+	}
 	left := errors.Is(failure, trainer.ErrHandedOver)
 	if k := job.KindOf(s); left || s != nil && (k == job.CancelledByUser || k == job.LeaseLost) {
 		stopUploads()
@@ -112,6 +138,8 @@ func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, erro
 		return nil, x.leave(x.heard)
 	case failure != nil && errors.Is(context.Cause(ctx), ErrHandOver):
 		return nil, x.leave(x.heard) // it has ended, and the next process finds out how
+	case fault != nil && job.KindOf(s) != job.LeaseLost && job.KindOf(s) != job.CancelledByUser:
+		return nil, fault.failure()
 	case s != nil && failure != nil:
 		return nil, s
 	case large != nil:
@@ -149,6 +177,8 @@ func (x *run) hear(e trainer.Event, saved *latest) {
 		x.ship.Show(x.board.progress(x.stage.now))
 	}
 	switch e.Ev {
+	case "sanity":
+		x.hearCheck(e)
 	case "sample", "eval", "log":
 		if err := x.ship.Accept(e.Line); err != nil {
 			x.log.Error("event not spooled", "step", e.Step, "err", err)

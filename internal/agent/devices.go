@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"time"
 
 	"lorayard/internal/attempt"
@@ -42,10 +43,30 @@ func (a *Agent) watch() {
 	if a.Health == nil {
 		return
 	}
-	a.Health.Listen(a.lost, func(gpu.Change) {
-		a.Look() // the dispatcher must not give us what broke, and may give us what is well
-		a.gauges()
-	})
+	a.Health.Listen(a.lost, a.changed, a.counted)
+}
+
+// changed makes a renewal due: the dispatcher must not give us what broke, and
+// may give us what is well.
+func (a *Agent) changed(c gpu.Change) {
+	a.Look()
+	a.gauges()
+	out := func(s gpu.State) bool { return s == gpu.StateQuarantined || s == gpu.StateMissing }
+	switch {
+	case out(c.State) && !out(c.Before):
+		a.Metrics.Quarantines.WithLabelValues(c.UUID, string(c.Cause)).Inc()
+	case !out(c.State) && out(c.Before):
+		a.Metrics.Returns.WithLabelValues(c.UUID).Inc()
+	}
+}
+
+func (a *Agent) counted(f gpu.Fault, x gpu.XID) {
+	class := x.Class
+	if class == gpu.XIDVerdict {
+		class = gpu.XIDInfo
+	}
+	a.Metrics.XIDs.WithLabelValues(f.UUID, strconv.Itoa(f.XID), string(class), string(f.Origin)).Inc()
+	a.Metrics.XIDLast.WithLabelValues(f.UUID, strconv.Itoa(f.XID), string(class)).SetToCurrentTime()
 }
 
 // lost ends whatever has a device that is lost.

@@ -19,14 +19,16 @@ func (a *Agent) Readings() []metrics.Device {
 		}
 	}
 	a.mu.Unlock()
+	health := map[string]string{}
+	for _, d := range a.Devices() {
+		health[d.UUID] = d.State
+	}
 	out := make([]metrics.Device, len(a.Self.Devices))
 	for i, d := range a.Self.Devices {
 		out[i] = metrics.Blank()
 		r := &out[i]
 		r.UUID, r.Name, r.Class, r.Index, r.Busy, r.MemoryTotal = d.UUID, d.Name, d.Class, d.Index, busy[d.UUID], float64(d.MemoryBytes)
-		if d.Fault != "" {
-			r.Health = "quarantined"
-		}
+		r.Health = health[d.UUID]
 		if a.Reading != nil {
 			a.Reading(r)
 		}

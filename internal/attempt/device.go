@@ -15,6 +15,8 @@ import (
 type DeviceFault struct {
 	Device string // as people call it, GPU 3 of gpu-host-1
 	Reason string // XID 79, the GPU has fallen off the bus
+
+	told time.Time // when we heard of it
 }
 
 func (f *DeviceFault) Error() string { return f.Device + " failed: " + f.Reason }
@@ -51,6 +53,7 @@ func (l *Live) Break(f *DeviceFault) {
 	if l.fault != nil {
 		return
 	}
+	f.told = time.Now()
 	l.fault = f
 	if l.child != nil {
 		l.child.Kill()
@@ -154,9 +157,16 @@ func (x *run) tellFault(err error) {
 
 // hearCheck takes a sanity check to the agent and the job's log.
 func (x *run) hearCheck(e trainer.Event) {
+	uuid := x.deviceAt(e.Index)
 	if e.Wrong != "" {
-		x.log.Error("device failed the sanity check", "device", x.deviceAt(e.Index), "err", e.Wrong)
+		x.log.Error("device failed the sanity check", "device", uuid, "err", e.Wrong)
+		x.Metrics.SanityRuns.WithLabelValues("failed").Inc()
+		x.Metrics.SanityFailures.WithLabelValues(uuid, e.Check).Inc()
 	} else {
+		x.Metrics.SanityRuns.WithLabelValues("ok").Inc()
+		x.Metrics.SanityFlops.WithLabelValues(uuid).Set(float64(e.FLOPS))
+		x.Metrics.SanityCopy.WithLabelValues(uuid).Set(float64(e.CopyRate))
+		x.Metrics.SanityLast.WithLabelValues(uuid).SetToCurrentTime()
 		x.ship.Say("info", fmt.Sprintf("device %d checked in %.2f s: %.3g FLOP/s, copies %.3g bytes/s", e.Index, float64(e.Seconds), float64(e.FLOPS), float64(e.CopyRate)), "device_checked")
 	}
 	if x.live.Devices.Checked != nil {

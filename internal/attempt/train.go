@@ -120,6 +120,9 @@ func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, erro
 			failure, over = x.live.Fault().failure(), true
 		}
 	}
+	if f := x.live.Fault(); f != nil && broken == nil { // Break killed it
+		x.Metrics.KillSeconds.Observe(time.Since(f.told).Seconds())
+	}
 	close(ended)
 	_ = g.Wait()
 	s := stopped(ctx)

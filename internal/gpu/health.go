@@ -22,8 +22,6 @@ type HealthConfig struct {
 	Devices []Device
 	Ledger  *Ledger
 	Log     *slog.Logger
-	// Counted is called for every new fault, for metrics. It must not wait.
-	Counted func(Fault, XID)
 	// Now tells the time; nil: time.Now.
 	Now func() time.Time
 }
@@ -36,6 +34,7 @@ type Health struct {
 
 	lost    func(Verdict)
 	changed func(Change)
+	counted func(Fault, XID)
 
 	mu      sync.Mutex // of the judge, and of the order of what follows from it
 	judge   *Judge
@@ -94,12 +93,12 @@ func OpenHealth(c HealthConfig) (*Health, error) {
 }
 
 // Listen has lost called first of all when whatever runs on a device is lost,
-// and changed for every change of a verdict. Neither may wait, or call back
-// with anything but questions to the ledger.
-func (h *Health) Listen(lost func(Verdict), changed func(Change)) {
+// changed for every change of a verdict, and counted for every new fault. None
+// of them may wait; the first two may not ask back, the ledger excepted.
+func (h *Health) Listen(lost func(Verdict), changed func(Change), counted func(Fault, XID)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.lost, h.changed = lost, changed
+	h.lost, h.changed, h.counted = lost, changed, counted
 }
 
 // Run hears the kernel log at path, and judges what time alone makes due, until
@@ -224,12 +223,13 @@ func replaceFile(path string, raw []byte) error {
 // Fault hears an error of a device.
 func (h *Health) Fault(f Fault) {
 	fresh := false
-	h.do(func(j *Judge, now time.Time) { fresh = j.Fault(now, f) })
+	var counted func(Fault, XID)
+	h.do(func(j *Judge, now time.Time) { fresh, counted = j.Fault(now, f), h.counted })
 	if fresh {
 		x := LookUp(f.XID)
 		h.Log.Warn("the driver reports an error", "device", f.UUID, "xid", f.XID, "class", x.Class, "origin", f.Origin, "text", f.Text)
-		if h.Counted != nil {
-			h.Counted(f, x)
+		if counted != nil {
+			counted(f, x)
 		}
 	}
 }

@@ -51,12 +51,11 @@ func open(t *testing.T, dir, boot string) *ward {
 	var err error
 	w.Health, err = gpu.OpenHealth(gpu.HealthConfig{
 		Dir: dir, Boot: boot, Devices: w.devices, Ledger: w.ledger, Log: slog.New(slog.NewTextHandler(w.log, nil)),
-		Counted: func(f gpu.Fault, _ gpu.XID) { w.counted <- f },
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.Listen(func(v gpu.Verdict) { w.lost <- v }, func(c gpu.Change) { w.changed <- c })
+	w.Listen(func(v gpu.Verdict) { w.lost <- v }, func(c gpu.Change) { w.changed <- c }, func(f gpu.Fault, _ gpu.XID) { w.counted <- f })
 	return w
 }
 

@@ -58,9 +58,9 @@ type Origin string
 
 // The origins. Each misses some faults that another one sees.
 const (
-	FromEvent  Origin = "event"  // the driver's library, unasked
-	FromKernel Origin = "kernel" // the kernel log
-	FromPoll   Origin = "poll"   // return codes and counters
+	FromEvent  Origin = "event"      // the driver's library, unasked
+	FromKernel Origin = "kernel_log" // the kernel log
+	FromPoll   Origin = "poll"       // return codes and counters
 )
 
 // Fault is an error of a device as one origin told it.
@@ -138,10 +138,27 @@ func (v Verdict) Fault() string {
 	return v.Reason
 }
 
+// Cause is a word for what led to a verdict, for counts.
+type Cause string
+
+// The causes.
+const (
+	CauseNone     Cause = ""
+	CauseXID      Cause = "xid"
+	CauseLost     Cause = "lost" // it does not answer, or is not listed
+	CauseECC      Cause = "ecc"
+	CauseRowRemap Cause = "row_remap"
+	CauseRecovery Cause = "recovery_action"
+	CauseSanity   Cause = "sanity"
+	CauseDoubts   Cause = "suspect_repeated"
+	CauseReturn   Cause = "return"
+)
+
 // Change is a verdict that differs from the one before.
 type Change struct {
 	Verdict
 	Before State
+	Cause  Cause
 	// Lost is set when whatever runs on the device now is lost and has to be
 	// ended. It may come without a change of state.
 	Lost bool
@@ -323,13 +340,13 @@ func (j *Judge) Inventory(now time.Time, uuids []string) {
 		}
 		r.Absent = true
 		if r.State != StateMissing && r.Action != ActionReplace {
-			j.set(now, r, StateMissing, ActionReboot, r.XID, "the driver does not list it any more", r.job != "")
+			j.set(now, r, CauseLost, StateMissing, ActionReboot, r.XID, "the driver does not list it any more", r.job != "")
 		}
 	}
 }
 
 // set gives a device another verdict. fatal ends what runs on it.
-func (j *Judge) set(now time.Time, r *record, s State, a Action, xid int, reason string, fatal bool) {
+func (j *Judge) set(now time.Time, r *record, c Cause, s State, a Action, xid int, reason string, fatal bool) {
 	j.news = true
 	before := j.verdict(r)
 	if r.State != s {
@@ -338,19 +355,19 @@ func (j *Judge) set(now time.Time, r *record, s State, a Action, xid int, reason
 	r.State, r.Action, r.XID, r.Reason, r.Boot = s, a, xid, reason, j.boot
 	r.Fatal = fatal && (s == StateQuarantined || s == StateMissing)
 	r.clearFrom = time.Time{}
-	j.tell(r, before, fatal)
+	j.tell(r, before, c, fatal)
 }
 
-func (j *Judge) tell(r *record, before Verdict, fatal bool) {
+func (j *Judge) tell(r *record, before Verdict, c Cause, fatal bool) {
 	after := j.verdict(r)
 	if fatal || after.State != before.State || after.Reason != before.Reason || after.Action != before.Action {
-		j.changes = append(j.changes, Change{Verdict: after, Before: before.State, Lost: fatal})
+		j.changes = append(j.changes, Change{Verdict: after, Before: before.State, Cause: c, Lost: fatal})
 	}
 }
 
 // out takes a device out of use. What is worse already stays as it is: the
 // first reason is the one that an operator has to know.
-func (j *Judge) out(now time.Time, r *record, s State, a Action, xid int, reason string, fatal bool) {
+func (j *Judge) out(now time.Time, r *record, c Cause, s State, a Action, xid int, reason string, fatal bool) {
 	if a == ActionReset && xid != 0 {
 		same := 0
 		for _, m := range r.Resets {
@@ -366,11 +383,11 @@ func (j *Judge) out(now time.Time, r *record, s State, a Action, xid int, reason
 	if r.State != StateOK && r.State != StateSuspect && severity(r.Action) >= severity(a) && (r.State == StateMissing || s != StateMissing) {
 		if fatal && r.job != "" {
 			r.Fatal, j.news = true, true
-			j.tell(r, j.verdict(r), true)
+			j.tell(r, j.verdict(r), c, true)
 		}
 		return
 	}
-	j.set(now, r, s, a, xid, reason, fatal)
+	j.set(now, r, c, s, a, xid, reason, fatal)
 }
 
 func severity(a Action) int {
@@ -383,16 +400,16 @@ func (j *Judge) back(now time.Time, r *record, how string) {
 	was := r.Reason
 	r.Resets = append(within(r.Resets, now, 90*memoryOfDay), mark{XID: r.XID, At: now})
 	r.Doubted, r.errors, r.recovery, r.heard = true, nil, nil, nil
-	j.set(now, r, StateSuspect, ActionNone, 0, fmt.Sprintf("%s after: %s; the next job on it begins with a check", how, was), false)
+	j.set(now, r, CauseReturn, StateSuspect, ActionNone, 0, fmt.Sprintf("%s after: %s; the next job on it begins with a check", how, was), false)
 }
 
 // suspect keeps a device in use, with a check first.
 func (j *Judge) suspect(now time.Time, r *record, xid int, reason string, fatal bool) {
 	r.Doubted, j.news = true, true
 	if r.State == StateOK || r.State == StateSuspect {
-		j.set(now, r, StateSuspect, ActionNone, xid, reason, fatal)
+		j.set(now, r, CauseNone, StateSuspect, ActionNone, xid, reason, fatal)
 	} else if fatal {
-		j.tell(r, j.verdict(r), true)
+		j.tell(r, j.verdict(r), CauseNone, true)
 	}
 }
 
@@ -430,18 +447,18 @@ func (j *Judge) Fault(now time.Time, f Fault) bool {
 		r.contained, r.errorsMore = now, time.Time{}
 		j.suspect(now, r, f.XID, reason, true)
 	case XIDReset:
-		j.out(now, r, StateQuarantined, ActionReset, f.XID, reason, true)
+		j.out(now, r, CauseXID, StateQuarantined, ActionReset, f.XID, reason, true)
 	case XIDReboot:
 		s := StateQuarantined
 		if f.XID == xidFellOff {
 			s = StateMissing
 		}
-		j.out(now, r, s, ActionReboot, f.XID, reason, true)
+		j.out(now, r, CauseXID, s, ActionReboot, f.XID, reason, true)
 	case XIDLink:
 		switch {
 		case f.NonFatal: // the link goes on
 		case r.gang > 1:
-			j.out(now, r, StateQuarantined, ActionReset, f.XID, reason, true)
+			j.out(now, r, CauseXID, StateQuarantined, ActionReset, f.XID, reason, true)
 		default:
 			// Whoever needs no link goes on; it is told, and the next gang that
 			// it breaks for takes it out of use.
@@ -504,24 +521,24 @@ func (j *Judge) Facts(now time.Time, uuid string, f Facts) {
 	switch {
 	case f.Lost:
 		if r.State != StateMissing && r.fresh(now, Fault{XID: xidFellOff, Origin: FromPoll}) {
-			j.out(now, r, StateMissing, ActionReboot, xidFellOff, "the driver has lost it", true)
+			j.out(now, r, CauseLost, StateMissing, ActionReboot, xidFellOff, "the driver has lost it", true)
 		}
 		return // nothing else of it can be believed
 	case f.ResetRequired:
-		j.out(now, r, StateQuarantined, ActionReset, 0, "the driver refuses it until it is reset", true)
+		j.out(now, r, CauseRecovery, StateQuarantined, ActionReset, 0, "the driver refuses it until it is reset", true)
 		return
 	}
 	j.heedRecovery(now, r, f.Recovery)
 	r.countErrors(now, f.Uncorrectable)
 	switch {
 	case f.RemapFailed:
-		j.out(now, r, StateQuarantined, ActionReplace, 0, "a broken memory row cannot be replaced any more", false)
+		j.out(now, r, CauseRowRemap, StateQuarantined, ActionReplace, 0, "a broken memory row cannot be replaced any more", false)
 	case f.RemapPending:
 		// What it computes is right; the row is replaced when it is reset.
 		if !r.Remap {
 			r.Remap, j.news = true, true
 		}
-		j.out(now, r, StateQuarantined, ActionDrain, 0, "a broken memory row is replaced at the next reset", false)
+		j.out(now, r, CauseRowRemap, StateQuarantined, ActionDrain, 0, "a broken memory row is replaced at the next reset", false)
 	case r.Remap:
 		r.Remap, j.news = false, true
 		if r.State == StateQuarantined && r.Action == ActionDrain {
@@ -544,7 +561,7 @@ func (j *Judge) heedRecovery(now time.Time, r *record, said *Recovery) {
 	if action, fatal := said.action(); action != ActionNone {
 		r.clearFrom = time.Time{}
 		if was == nil || *was != *said {
-			j.out(now, r, StateQuarantined, action, r.XID, r.reasonOr("the driver wants it to be recovered"), fatal)
+			j.out(now, r, CauseRecovery, StateQuarantined, action, r.XID, r.reasonOr("the driver wants it to be recovered"), fatal)
 		}
 		return
 	}
@@ -607,7 +624,7 @@ func (j *Judge) watchMemory(now time.Time, r *record, used int64) {
 		r.usedFrom = time.Time{}
 	}
 	if after := j.verdict(r); after.State != before.State { // the size alone is no news
-		j.tell(r, before, false)
+		j.tell(r, before, CauseNone, false)
 	}
 }
 
@@ -630,7 +647,7 @@ func (j *Judge) tick(now time.Time, r *record) {
 		explained := !r.contained.IsZero() && r.errorsMore.Sub(r.contained).Abs() <= 2*sameFault
 		r.errorsMore = time.Time{}
 		if !explained {
-			j.out(now, r, StateQuarantined, ActionReset, 0, "its memory gave wrong data", true)
+			j.out(now, r, CauseECC, StateQuarantined, ActionReset, 0, "its memory gave wrong data", true)
 		}
 	}
 }
@@ -663,7 +680,7 @@ func (j *Judge) Checked(now time.Time, uuid, wrong string) {
 		if r.State == StateSuspect {
 			r.State, r.Reason, r.XID, r.Since = StateOK, "", 0, now
 		}
-		j.tell(r, before, false)
+		j.tell(r, before, CauseNone, false)
 		return
 	}
 	action := ActionReset
@@ -671,7 +688,7 @@ func (j *Judge) Checked(now time.Time, uuid, wrong string) {
 		action = ActionReplace // a reset did not help
 	}
 	r.Doubted = true
-	j.out(now, r, StateQuarantined, action, 0, "it failed the sanity check: "+wrong, false)
+	j.out(now, r, CauseSanity, StateQuarantined, action, 0, "it failed the sanity check: "+wrong, false)
 }
 
 // Doubt tells that a trainer ended and blamed the device, or fell silent on it.
@@ -685,7 +702,7 @@ func (j *Judge) Doubt(now time.Time, uuid, job, why string) {
 	j.news = true
 	r.Doubts = append(within(r.Doubts, now, memoryOfDay), mark{Job: job, At: now})
 	if len(r.Doubts) > doubtsAllowed && jobs(r.Doubts) > 1 {
-		j.out(now, r, StateQuarantined, ActionReset, 0, fmt.Sprintf("%d trainers failed on it within a day, the last one with: %s", len(r.Doubts), why), false)
+		j.out(now, r, CauseDoubts, StateQuarantined, ActionReset, 0, fmt.Sprintf("%d trainers failed on it within a day, the last one with: %s", len(r.Doubts), why), false)
 		return
 	}
 	j.suspect(now, r, 0, "a trainer failed on it: "+why, false)

@@ -18,7 +18,7 @@ const (
 	XIDContained XIDClass = "contained" // memory broke under one program only: that one is ended, the device goes on
 	XIDReset     XIDClass = "reset"     // the device works again after a reset
 	XIDReboot    XIDClass = "reboot"    // the device is gone until the host is started anew
-	XIDLink      XIDClass = "link"      // the link to other devices broke
+	XIDLink      XIDClass = "nvlink"    // the link to other devices broke
 	XIDInfo      XIDClass = "info"      // to be counted, nothing more
 	XIDVerdict   XIDClass = "verdict"   // the driver changed its recovery action: ask it
 )

@@ -129,7 +129,7 @@ func newGPU(s *set) (m GPU) {
 	m.XIDLast = s.gaugeVec("lorayard_gpu_xid_last_timestamp_seconds", "When the device last reported this fault. An alert sees the first one, which a rate does not.",
 		gpuUUID, label("xid"), label("class", xidClasses...))
 	m.Quarantines = s.counterVec("lorayard_gpu_quarantines_total", "How often the device was taken out of use, by reason.", gpuUUID,
-		label("reason", "xid", "ecc", "row_remap", "recovery_action", "thermal", "sanity", "wedged", "suspect_repeated", "operator"))
+		label("reason", "xid", "lost", "ecc", "row_remap", "recovery_action", "thermal", "sanity", "wedged", "suspect_repeated", "operator"))
 	m.Returns = s.counterVec("lorayard_gpu_returns_total", "How often the device came back into use.", gpuUUID)
 	m.KillSeconds = s.histogram("lorayard_gpu_fault_kill_seconds", "From a fault that ends an attempt to the end of its process group.", kills)
 	m.PollSeconds = s.histogramVec("lorayard_gpu_poll_seconds", "Time that one poll of all devices took.", polls, label("tier", tiers...))

@@ -242,6 +242,7 @@ type Event struct {
 	// sanity
 	Index    int    `json:"index"`                 // of the device among the attempt's
 	Wrong    string `json:"wrong"`                 // empty: all was well
+	Check    string `json:"check"`                 // what did not go well: product, repeat or copy
 	FLOPS    Float  `json:"flops"`                 // of matrix products, floating-point operations a second
 	CopyRate Float  `json:"copy_bytes_per_second"` // inside the device's memory, read and written
 }

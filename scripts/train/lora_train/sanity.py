@@ -48,6 +48,7 @@ class Report:
     """What was found on one device; rates are 0 where nothing could be measured."""
 
     wrong: str  # empty: all was well
+    check: str  # what found it: product, repeat or copy
     flops: float  # floating-point operations a second
     copy_bytes_per_second: float  # read and written
     seconds: float
@@ -68,6 +69,7 @@ def check(session: Session) -> None:
             index=index,
             device=name,
             wrong=report.wrong,
+            check=report.check,
             flops=report.flops,
             copy_bytes_per_second=report.copy_bytes_per_second,
             seconds=report.seconds,
@@ -93,13 +95,15 @@ def look(device: torch.device, sizes: Sizes, multiply: Multiply | None = None) -
         b = _sparse(generator, n, device).to(dtype)
         multiply(a, b)  # the library chooses its ways once
         _wait(device)
-        wrong, done, spent = _products(generator, a, b, multiply, began)
+        wrong, kind, done, spent = _products(generator, a, b, multiply, began)
         del a, b
         copied, rate = _copies(generator, device, sizes.copy_bytes)
+        if copied and not wrong:
+            wrong, kind = copied, "copy"
     if device.type == "cuda":
         torch.cuda.empty_cache()
     flops = 2.0 * n**3 * done / spent if spent > 0 else 0.0
-    return Report(wrong or copied, flops, rate, time.perf_counter() - began)
+    return Report(wrong, kind, flops, rate, time.perf_counter() - began)
 
 
 def _sparse(generator: torch.Generator, n: int, device: torch.device) -> torch.Tensor:
@@ -119,8 +123,8 @@ def _signs(generator: torch.Generator, n: int, device: torch.device) -> torch.Te
 
 def _products(
     generator: torch.Generator, a: torch.Tensor, b: torch.Tensor, multiply: Multiply, began: float
-) -> tuple[str, int, float]:
-    """What was wrong, how many products were made, and the seconds that they took."""
+) -> tuple[str, str, int, float]:
+    """What was wrong, by which check, how many products, and the seconds that they took."""
     import torch
 
     done, spent, bad, differ = 0, 0.0, 0, 0
@@ -138,10 +142,11 @@ def _products(
         right = left.float() @ (b.float() @ x)
         bad += int(not torch.equal(right, once.float() @ x))
     if bad:
-        return f"{bad} of {done // 2} matrix products were wrong", done, spent
+        return f"{bad} of {done // 2} matrix products were wrong", "product", done, spent
     if differ:
-        return f"{differ} of {done // 2} matrix products came out differently twice", done, spent
-    return "", done, spent
+        said = f"{differ} of {done // 2} matrix products came out differently twice"
+        return said, "repeat", done, spent
+    return "", "", done, spent
 
 
 def _copies(generator: torch.Generator, device: torch.device, size: int) -> tuple[str, float]:

@@ -38,7 +38,7 @@ DRAIN_SECONDS = 5.0
 FIELDS = {
     "hello": "trainer backend python libraries device pid",
     "stage": "stage",
-    "sanity": "index device wrong flops copy_bytes_per_second seconds",
+    "sanity": "index device wrong check flops copy_bytes_per_second seconds",
     "plan": "total_steps epochs start_step examples validation_examples sequences"
     " tokens_per_epoch loss_tokens_per_epoch trainable_parameters data_sha256 base_model"
     " memory_plan",

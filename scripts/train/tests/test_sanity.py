@@ -111,7 +111,7 @@ def test_the_finding_is_sent_and_a_bad_device_ends_the_run(
 ) -> None:
     stream = tmp_path / "events.jsonl"
     s = session(tmp_path, stream)
-    monkeypatch.setattr(sanity, "look", lambda *_: sanity.Report(wrong, 1e15, 3e12, 0.5))
+    monkeypatch.setattr(sanity, "look", lambda *_: sanity.Report(wrong, "product", 1e15, 3e12, 0.5))
     if wrong:
         with pytest.raises(Failure, match="matrix products") as caught:
             sanity.check(s)

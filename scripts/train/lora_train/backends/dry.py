@@ -59,7 +59,7 @@ class _Player:
         self.emit.stage("loading_model")
         if self.plan.sanity:  # there is no device to look at
             none: dict[str, Any] = {"flops": 0.0, "copy_bytes_per_second": 0.0, "seconds": 0.0}
-            self.emit.send("sanity", index=0, device=self.plan.device, wrong="", **none)
+            self.emit.send("sanity", index=0, device=self.plan.device, wrong="", check="", **none)
         self._resume()
         steps = self.script.steps
         examples = max(1, steps * self.h.batch_size // self.h.epochs)

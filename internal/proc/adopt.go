@@ -116,6 +116,7 @@ func adoptLiving(socket string, grace time.Duration) (*Process, []*os.File, erro
 	}
 	p := &Process{grace: grace, lifeline: l, stays: true, refused: make(chan string, 1), done: make(chan struct{})}
 	if err := p.recognise(); err != nil {
+		p.markGone()
 		closeAll(l.take())
 		l.close()
 		return nil, nil, err

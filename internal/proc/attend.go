@@ -69,6 +69,7 @@ func (p *Process) startShim(c Cmd) (*Process, error) {
 	p.shim = p.cmd.Process
 	theirs.Close() // or the end of the shim would not be seen
 	if err := p.awaitChild(c.Path); err != nil {
+		p.markGone()
 		p.lifeline.close()
 		p.shim.Kill() // it may be gone already, and is waited for either way
 		if werr := p.cmd.Wait(); errors.Is(err, ErrShimLost) && werr != nil {
@@ -105,6 +106,14 @@ func (p *Process) meet(said []string) {
 	p.pid, p.start = int(number(said, 1)), uint64(number(said, 2))
 	if len(said) > 3 {
 		p.cgroup = said[3]
+	}
+	// A handle of somebody who has the number by now would be of no use.
+	if fd, err := unix.PidfdOpen(p.pid, 0); err == nil {
+		if s, ok := statOf(p.pid); ok && s.start == p.start {
+			p.handle = fd
+		} else {
+			_ = unix.Close(fd)
+		}
 	}
 }
 

@@ -145,6 +145,7 @@ type Process struct {
 	stays    bool        // it can be handed over
 	refused  chan string // why the shim would not take it over
 
+	handle    int        // a pidfd of the child, 0: none
 	mu        sync.Mutex // held while a signal is sent, so that pid is not reused under it
 	gone      bool
 	lastStand *time.Timer
@@ -209,6 +210,10 @@ func (p *Process) markGone() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.gone = true
+	if p.handle > 0 {
+		_ = unix.Close(p.handle)
+		p.handle = 0
+	}
 	if p.lastStand != nil {
 		p.lastStand.Stop()
 	}
@@ -258,6 +263,9 @@ func (p *Process) Signal(sig syscall.Signal) error {
 	if p.lifeline == nil {
 		return p.signalError(sig, syscall.Kill(-p.pid, sig))
 	}
+	if sig == syscall.SIGKILL {
+		p.strike()
+	}
 	err := p.lifeline.say(nil, "%s %d", cmdSignal, int(sig))
 	if sig == syscall.SIGKILL && p.shim != nil {
 		// Somebody may have stopped the shim.
@@ -267,6 +275,18 @@ func (p *Process) Signal(sig syscall.Signal) error {
 		}
 	}
 	return p.signalError(sig, err)
+}
+
+// strike kills the group of a child that has a shim without waiting for the
+// shim: on a busy host that takes a millisecond or two to be woken, in which a
+// broken device is trained on. The shim then finds who left the group. The
+// handle tells whether the number is the child's still: for another process to
+// have it, the child would have to be reaped, and all other numbers be used,
+// between two lines. p.mu is held.
+func (p *Process) strike() {
+	if p.handle > 0 && unix.PidfdSendSignal(p.handle, 0, nil, 0) == nil {
+		_ = syscall.Kill(-p.pid, syscall.SIGKILL)
+	}
 }
 
 func (p *Process) signalError(sig syscall.Signal, err error) error {

@@ -17,7 +17,7 @@ DATA ?= $(TRAIN)/testdata/demo.jsonl
 
 .PHONY: help
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 .PHONY: setup
 setup: ## install what the demo needs and is missing
@@ -33,6 +33,10 @@ build: ## build both binaries and the dev stack into bin/
 .PHONY: demo
 demo: setup build ## run one real training job from inserted row to adapter (DATA=file.jsonl)
 	@bin/devstack demo --bin bin --trainer-python "$(PYTHON)" --trainer-dir $(TRAIN) --data "$(DATA)"
+
+.PHONY: demo-fleet
+demo-fleet: setup build ## run 16 pretended GPUs with jobs and faults, and Prometheus
+	@bin/devstack fleet --bin bin --trainer-python "$(PYTHON)" --trainer-dir $(TRAIN) --prometheus "$(PROMETHEUS)"
 
 .PHONY: dev
 dev: setup build ## start the whole system and stay up

@@ -226,10 +226,14 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		kernelLog = "" // it has nothing to say of them
 	}
 	streams := &presence.Client{Agent: s.ID, Boot: self.Boot, Version: version, Roots: roots, Log: log}
+	var reading func(*metrics.Device)
+	if s.PretendGPUs > 0 {
+		reading = (&pretended{}).read
+	}
 	a := agent.New(agent.Parts{
 		Self: self, Store: st, Ledger: ledger, Health: health, Places: places, Runner: runner, Metrics: m, Log: log,
 		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, OutOfTouch: s.OutOfTouch, HandOver: s.HandOver},
-		NewNonce: uuid.NewString,
+		NewNonce: uuid.NewString, Reading: reading,
 		Dispatchers: func(addresses []string) {
 			streams.SetAddresses(addresses)
 			if err := runner.Announce(addresses); err != nil {

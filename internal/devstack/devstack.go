@@ -251,7 +251,7 @@ func (s *Stack) Dispatcher(ctx context.Context, name string, settings ...string)
 		"SUPABASE_URL=" + s.SupabaseURL, "SUPABASE_SECRET_KEY=" + s.SupabaseKey,
 		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops), "PRESENCE=tcp://127.0.0.1:0",
 	}, append(s.Settings, settings...)...)
-	return s.process(ctx, name, filepath.Join(s.Bin, "dispatcher"), "serve", env, ops)
+	return s.process(ctx, name, filepath.Join(s.Bin, "dispatcher"), []string{"serve"}, env, ops)
 }
 
 // Agent starts one with a data directory of its own; starting the same id
@@ -267,7 +267,7 @@ func (s *Stack) Agent(ctx context.Context, id string, settings ...string) (*Proc
 		"TRAINER_PYTHON=" + s.Python, "TRAINER_DIR=" + s.TrainerDir, "PRETEND_GPUS=" + strconv.Itoa(s.GPUs),
 		"OPS_ADDR=127.0.0.1:" + strconv.Itoa(ops),
 	}, append(s.Settings, settings...)...)
-	return s.process(ctx, id, filepath.Join(s.Bin, "agent"), "run", env, ops)
+	return s.process(ctx, id, filepath.Join(s.Bin, "agent"), []string{"run"}, env, ops)
 }
 
 // DispatcherURL and AgentURL are the database with the logins of dispatchers and

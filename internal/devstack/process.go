@@ -16,21 +16,22 @@ import (
 
 // Process is one of our binaries, running. Its log goes to <dir>/<name>.log.
 type Process struct {
-	Name string
-	Log  string // path
-	ops  string // base URL of its ops port
-	cmd  *exec.Cmd
-	done chan struct{}
-	err  error
+	Name   string
+	Log    string // path
+	ops    string // base URL of its ops port
+	health string // path that answers once it is up
+	cmd    *exec.Cmd
+	done   chan struct{}
+	err    error
 }
 
-func (s *Stack) process(ctx context.Context, name, bin, verb string, env []string, ops int) (*Process, error) {
-	p := &Process{Name: name, Log: filepath.Join(s.Dir, name+".log"), ops: fmt.Sprintf("http://127.0.0.1:%d", ops), done: make(chan struct{})}
+func (s *Stack) process(ctx context.Context, name, bin string, args, env []string, ops int) (*Process, error) {
+	p := &Process{Name: name, Log: filepath.Join(s.Dir, name+".log"), ops: fmt.Sprintf("http://127.0.0.1:%d", ops), health: "/healthz", done: make(chan struct{})}
 	log, err := os.OpenFile(p.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open the log of %s: %w", name, err)
 	}
-	p.cmd = exec.Command(bin, verb)
+	p.cmd = exec.Command(bin, args...)
 	p.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + s.Dir, "LANG=C.UTF-8"}, env...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	// A group of its own: Ctrl-C is for whoever runs the stack, who then ends
@@ -53,6 +54,9 @@ func (s *Stack) process(ctx context.Context, name, bin, verb string, env []strin
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	s.procs = append(s.procs, p)
+	if filepath.Base(bin) == "prometheus" {
+		p.health = "/-/ready"
+	}
 	if err := p.healthy(ctx); err != nil {
 		return nil, err
 	}
@@ -62,7 +66,7 @@ func (s *Stack) process(ctx context.Context, name, bin, verb string, env []strin
 // healthy waits until the ops port answers.
 func (p *Process) healthy(ctx context.Context) error {
 	for {
-		resp, err := http.Get(p.ops + "/healthz")
+		resp, err := http.Get(p.ops + p.health)
 		if err == nil {
 			resp.Body.Close()
 			return nil

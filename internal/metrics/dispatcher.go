@@ -98,6 +98,9 @@ func NewDispatcher(version string) *Dispatcher {
 	m.HandOver = s.histogram("lorayard_job_handover_seconds", "From the assignment of an attempt to its accept.", hops)
 	m.Wait = s.histogramVec("lorayard_job_wait_seconds", "From the admission of a job to its first assignment.", waits, gpuClass)
 	m.Recovery = s.histogramVec("lorayard_job_recovery_seconds", "From the end of an attempt that infrastructure failed to the accept of the next one.", cures, label("kind"))
+	for _, kind := range []string{"agent_lost", "gpu_fault", "storage_unavailable", "disk_full"} {
+		m.Recovery.WithLabelValues(kind)
+	}
 	m.WatchLast = s.gauge("lorayard_watch_last_success_timestamp_seconds", "When the leader last read fleet and attempts in the database; 0 on a standby.")
 
 	m.LedgerDrift = s.gauge("lorayard_ledger_drift_dollars", "Cost records of settled jobs minus the rate times their billable time, summed without signs over jobs whose difference is not rounding.")

@@ -201,7 +201,9 @@ func (w *Watch) fleet(ctx context.Context) error {
 	for _, d := range st.Devices {
 		for _, s := range []string{"busy", "idle", "idle_with_queue", "unfit"} {
 			w.states[state{d.Class, s}] += 0 // none is a number too
+			w.Metrics.GPUSeconds.WithLabelValues(d.Class, s)
 		}
+		w.Metrics.Wait.WithLabelValues(d.Class) // a rate does not see the first of a series
 		s := d.State
 		if s == "idle" && wanted(st.Wishes, d.Class) {
 			s = "idle_with_queue"

@@ -1,5 +1,6 @@
 // Devstack runs the whole system on this machine: `demo` takes one real job
-// from an inserted row to a downloadable adapter and leaves, `dev` stays up.
+// from an inserted row to a downloadable adapter and leaves, `dev` stays up,
+// `fleet` pretends sixteen GPUs, jobs and faults for those who look at boards.
 package main
 
 import (
@@ -50,8 +51,11 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) (err error) {
+	if len(args) > 0 && args[0] == "fleet" {
+		return runFleet(ctx, args[1:])
+	}
 	if len(args) == 0 || (args[0] != "demo" && args[0] != "dev") {
-		return errors.New("say demo or dev; devstack demo --help lists the settings")
+		return errors.New("say demo, dev or fleet; devstack demo --help lists the settings")
 	}
 	var s settings
 	if _, err := config.Load(&s, args[1:], os.Environ()); errors.Is(err, config.ErrHelp) {

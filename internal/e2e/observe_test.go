@@ -1,0 +1,169 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"lorayard/internal/boards"
+	"lorayard/internal/devstack"
+	"lorayard/internal/storetest"
+)
+
+// observed is a small pretended fleet with a Prometheus.
+type observed struct {
+	*stack
+	fleet *devstack.Fleet
+}
+
+func observe(t *testing.T) *observed {
+	t.Helper()
+	dir := os.Getenv("PROMETHEUS")
+	if dir == "" || dir == "unreachable" {
+		if dir == "" && os.Getenv("CI") == "true" {
+			t.Fatal("PROMETHEUS is not set: run `make test`, which unpacks Debian's prometheus")
+		}
+		t.Skip("there is no Prometheus here")
+	}
+	s := startOn(t, storetest.New(t).URL, "CHECKPOINT_EVERY=1s", "TRAINER_BACKEND=dry")
+	rules, err := filepath.Abs("../../deploy/prometheus/rules")
+	s.must(err)
+	data, err := filepath.Abs("../../scripts/train/testdata/demo.jsonl")
+	s.must(err)
+	s.must(s.EmptyModel(model))
+	f, err := s.Fleet(t.Context(), devstack.FleetConfig{
+		Agents: 3, GPUs: 2, Steps: 40, StepTime: 100 * time.Millisecond, Data: data, Prometheus: dir, Rules: rules, Scrape: 500 * time.Millisecond,
+	})
+	s.must(err)
+	return &observed{s, f}
+}
+
+// ask waits until an expression has a series whose value is wanted.
+func (o *observed) ask(what, expr string, wanted func(devstack.Point) bool) {
+	o.t.Helper()
+	var last []devstack.Point
+	ctx, cancel := context.WithTimeout(o.t.Context(), 60*time.Second)
+	defer cancel()
+	for {
+		ps, err := o.fleet.Watch.Ask(ctx, expr)
+		for _, p := range ps {
+			if wanted(p) {
+				return
+			}
+		}
+		last = ps
+		select {
+		case <-ctx.Done():
+			o.t.Fatalf("%s: %s gives %v, %v", what, expr, last, err)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+func above(n float64) func(devstack.Point) bool {
+	return func(p devstack.Point) bool { return p.Value > n }
+}
+
+// silent are the panels that show nothing on a small healthy fleet, and why.
+var silent = map[string]string{
+	"Memory errors":                          "no device has any",
+	"Faults that the driver reported":        "no fault was planted",
+	"Taken out and brought back":             "no fault was planted",
+	"Sanity checks":                          "devices that do not exist are not checked",
+	"Polling the driver":                     "no driver is polled",
+	"Recovery within two minutes, 24 h":      "nothing had to recover",
+	"From a fault to the next attempt":       "nothing had to recover",
+	"From a fault to the end of the trainer": "no fault was planted",
+	"Failed and lost attempts by kind":       "none failed",
+	"Failed rounds":                          "none failed",
+	"Waiting jobs by reason":                 "nothing waits any more",
+	"Age of the oldest":                      "nothing waits any more",
+	"The queue":                              "nothing waits any more",
+	"Hosts and their faults":                 "none has any",
+	"Not billed, by reason":                  "all was billed",
+}
+
+var filter = regexp.MustCompile(`\$__timeFilter\((\w+(?:\.\w+)?)\)`)
+
+// Every panel of every board gives data on a fleet that runs jobs, or it is
+// known why not.
+func TestEveryPanelHasDataOfALivingFleet(t *testing.T) {
+	t.Parallel()
+	o := observe(t)
+	var ids []string
+	for range 8 {
+		id, err := o.fleet.Arrive(t.Context())
+		o.must(err)
+		ids = append(ids, id)
+	}
+	o.ask("a completed job", `sum(lorayard_jobs_settled_total{status="completed"})`, above(1))
+	o.ask("time of devices", `sum(rate(lorayard_fleet_gpu_seconds_total[5m]))`, above(0))
+	o.ask("rates", `sum(rate(lorayard_agent_gpu_seconds_total{use="useful"}[5m]))`, above(0))
+	running := ids[0]
+	if ps, err := o.fleet.Watch.Ask(t.Context(), `last_over_time(lorayard_job_loss[2m])`); err != nil || len(ps) == 0 {
+		t.Fatalf("no job was ever seen: %v", err)
+	} else {
+		running = ps[0].Labels["job_id"]
+	}
+	empty := 0
+	for _, b := range boards.All() {
+		for _, r := range b.Rows {
+			for _, p := range r.Panels {
+				n := 0
+				for _, a := range p.Asks {
+					n += o.panel(b, p, a, running)
+				}
+				why, known := silent[p.Title]
+				switch {
+				case n == 0 && !known:
+					t.Errorf("%s / %s shows nothing", b.UID, p.Title)
+				case n == 0:
+					empty++
+					t.Logf("%s / %s shows nothing: %s", b.UID, p.Title, why)
+				}
+			}
+		}
+	}
+	if empty > len(silent) {
+		t.Errorf("%d panels show nothing", empty)
+	}
+}
+
+// panel counts what a query gives: over the time that the fleet has lived.
+func (o *observed) panel(b boards.Board, p boards.Panel, a boards.Ask, job string) int {
+	if a.SQL != "" {
+		sql := strings.ReplaceAll(filter.ReplaceAllString(a.SQL, `$1 > now() - interval '1 hour'`), "$job", job)
+		n := 0
+		err := pgx.BeginFunc(o.t.Context(), o.Pool, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(o.t.Context(), `SET LOCAL ROLE lorayard_observer`); err != nil {
+				return err
+			}
+			rows, err := tx.Query(o.t.Context(), sql)
+			if err != nil {
+				return err
+			}
+			for rows.Next() {
+				n++
+			}
+			return rows.Err()
+		})
+		if err != nil {
+			o.t.Errorf("%s / %s: %v", b.UID, p.Title, err)
+		}
+		return n
+	}
+	expr := strings.NewReplacer("$instance", ".*", "$gpu", ".*", "$class", ".*", "$job", job).Replace(a.Expr)
+	// What a graph shows is the whole time, and a job may be over by now.
+	ps, err := o.fleet.Watch.Ask(o.t.Context(), fmt.Sprintf("last_over_time((%s)[2m:1s])", expr))
+	if err != nil {
+		o.t.Errorf("%s / %s: %v", b.UID, p.Title, err)
+	}
+	return len(ps)
+}

@@ -34,7 +34,7 @@ import (
 
 // Config is what an operator may turn.
 type Config struct {
-	DataDir         string        // run directories, spools and the data-set cache
+	DataDir         string        // run directories, spools, and the caches of data sets and tokens
 	ModelsDir       string        // base models, <dir>/<name>
 	Pretend         bool          // devices are pretended: train on the CPU
 	Threads         int           // CPU threads of the trainer, 0: it chooses

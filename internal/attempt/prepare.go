@@ -59,7 +59,7 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 			WarmupSteps: s.WarmupSteps, WeightDecay: s.WeightDecay, MaxSeqLength: s.MaxSeqLength, Seed: s.Seed,
 		},
 		ValidationFraction: 0.05, CheckpointEverySeconds: x.Config.CheckpointEvery.Seconds(), KeepCheckpoints: 2,
-		ResumeFrom: resume, Threads: x.threads(), Sanity: x.live.Devices.Check,
+		ResumeFrom: resume, CacheDir: filepath.Join(x.Config.DataDir, "tokens"), Threads: x.threads(), Sanity: x.live.Devices.Check,
 	}, nil
 }
 

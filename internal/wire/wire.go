@@ -37,9 +37,10 @@ type Plan struct {
 	CheckpointEverySteps   int             `json:"checkpoint_every_steps"`   // 0: by time only
 	CheckpointEverySeconds float64         `json:"checkpoint_every_seconds"` // seconds
 	KeepCheckpoints        int             `json:"keep_checkpoints"`
-	ResumeFrom             string          `json:"resume_from"` // checkpoint directory, empty for none
-	Threads                int             `json:"threads"`     // 0: the library chooses
-	Sanity                 bool            `json:"sanity"`      // check the devices before the training
+	ResumeFrom             string          `json:"resume_from"`         // checkpoint directory, empty for none
+	CacheDir               string          `json:"cache_dir,omitempty"` // where tokens are kept from job to job, empty for nowhere
+	Threads                int             `json:"threads"`             // 0: the library chooses
+	Sanity                 bool            `json:"sanity"`              // check the devices before the training
 	Dry                    *Dry            `json:"dry,omitempty"`
 }
 

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 
 from lora_train import (
     advice,
+    beside,
     checkpoint,
     choice,
     curve,
@@ -59,7 +60,8 @@ def run(session: Session) -> None:
     """Train one adapter; raises Preempted or Failure."""
     trainer = _Trainer(session)
     trainer.read()
-    trainer.load()
+    with trainer.preparing:
+        trainer.load()
     trainer.advise()
     trainer.train()
     trainer.finish()
@@ -113,7 +115,11 @@ class _Trainer:
         self.tokenizer = model.tokenizer_of(self.plan.base_model.path)
         longest = min(self.h.max_seq_length, config.get("max_position_embeddings", 1 << 30))
         renderer = Renderer(self.tokenizer)
-        self._take(prepare.prepare(self.plan, examples, renderer, longest, self.stop.check))
+        # While the weights are loaded; its events are sent after that, in their order.
+        self.preparing = beside.Beside(
+            lambda check: prepare.prepare(self.plan, examples, renderer, longest, check),
+            self.stop.check,
+        )
 
     def _take(self, ready: prepare.Prepared) -> None:
         """Say what became of the examples, and plan the steps."""
@@ -145,6 +151,7 @@ class _Trainer:
         if self.plan.sanity:
             sanity.check(self.session)
         self.model = model.load(self.plan)
+        self._take(self.preparing.result(self.emit.alive))
         self.parameters = model.trainable(self.model)
         self.optimizer = optimizer.Optimizer(self.parameters, self.h.weight_decay)
         # Where the adapter began, until there is a checkpoint to go back to.

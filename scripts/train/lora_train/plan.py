@@ -74,7 +74,7 @@ class Dry:
 
 @dataclass(frozen=True)
 class Plan:
-    """One attempt at one job."""
+    """One attempt at one job. Tokens may be kept in `cache_dir` for the next one."""
 
     job: str
     attempt: int
@@ -89,6 +89,7 @@ class Plan:
     checkpoint_every_seconds: float = 60.0
     keep_checkpoints: int = 2
     resume_from: Path | None = None
+    cache_dir: Path | None = None
     threads: int = 0
     sanity: bool = False
     dry: Dry = field(default_factory=Dry)
@@ -162,7 +163,7 @@ def parse(raw: dict[str, Any]) -> Plan:
         "threads": r.integer("threads", 0, low=0, high=1024),
         "sanity": r.boolean("sanity", False),
     }
-    resume = r.path("resume_from", empty=True)
+    resume, cache_dir = r.path("resume_from", empty=True), r.path("cache_dir", empty=True)
     y = r.section("dry", optional=True)
     dry: dict[str, Any] = {
         "steps": y.integer("steps", 20, low=1, high=10_000_000),
@@ -186,6 +187,7 @@ def parse(raw: dict[str, Any]) -> Plan:
         data=Data(_known(data[0]), _known(data[1]), _known(data[2]), _known(data[3])),
         hyperparameters=Hyperparameters(**hyper),
         resume_from=resume,
+        cache_dir=cache_dir,
         dry=Dry(**dry),
         **rest,
     )

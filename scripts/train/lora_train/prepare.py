@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lora_train import conversation, data, render
+from lora_train import cache, conversation, data, render
 from lora_train.conversation import Conversation
 from lora_train.failure import Failure
 from lora_train.plan import Plan
+from lora_train.session import library_versions
 
 MOST_DROPPED = 0.05  # share of examples that may be left out although nobody said so
 MOST_NAMED = 10  # lines in a message
@@ -63,15 +64,13 @@ def prepare(
     """Render, shorten, leave out, split and merge; Failure when too much is left out."""
     out = Prepared([], [], longest)
     rendered = dict[int, render.Sequence]()
-    for e in examples:
-        check()
-        s = renderer.render(e, longest)
+    for line, s in _rendered(plan, out, examples, renderer, check).items():
         if s is None or s.loss_tokens == 0 or (s.shortened and plan.data.too_long == "drop"):
-            out.dropped.append(e.line)
+            out.dropped.append(line)
             continue
         if s.shortened:
-            out.shortened.append(e.line)
-        rendered[e.line] = s
+            out.shortened.append(line)
+        rendered[line] = s
     _judge(plan, out, len(examples))
     _tell(out, renderer, examples)
     # Split before anything is left out, as the validation of data sets counts.
@@ -114,6 +113,36 @@ def _tell(out: Prepared, renderer: render.Renderer, examples: Sequence[data.Exam
             "stand before the first question",
             "system_folded",
         )
+
+
+def _rendered(
+    plan: Plan,
+    out: Prepared,
+    examples: Sequence[data.Example],
+    renderer: render.Renderer,
+    check: Callable[[], None],
+) -> cache.Rendered:
+    """Every example as tokens, by line; from the host's cache if it has them."""
+    name, where = "", plan.cache_dir
+    if where is not None:
+        name = cache.key(plan.data.sha256, plan.base_model.path, out.longest, library_versions())
+        entry, why = cache.load(where, name, [e.line for e in examples])
+        if why:
+            out.say("warn", f"tokens of this host's cache are not used: {why}", "token_cache")
+        if entry is not None:
+            said = f"the tokens of {len(examples)} examples were on this host already"
+            out.say("info", said, "token_cache")
+            renderer.control = entry.control
+            return entry.rendered
+    rendered = cache.Rendered()
+    for e in examples:
+        check()
+        rendered[e.line] = renderer.render(e, out.longest)
+    if where is not None and (
+        why := cache.store(where, name, cache.Entry(rendered, renderer.control))
+    ):
+        out.say("warn", f"the tokens are not kept for the next job: {why}", "token_cache")
+    return rendered
 
 
 def _conversations(

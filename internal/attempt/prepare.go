@@ -53,11 +53,13 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 	return wire.Plan{
 		Job: string(x.as.Ref.Job), Attempt: x.as.Ref.Attempt, RunDir: x.dir, Device: device,
 		BaseModel: wire.BaseModel{Name: s.BaseModel, Path: model},
-		Data:      wire.Data{Path: path, SHA256: digest},
+		Data:      wire.Data{Path: path, SHA256: digest, TooLong: s.TooLong},
 		Hyperparameters: wire.Hyperparameters{
 			LearningRate: s.LearningRate, BatchSize: s.BatchSize, Epochs: s.Epochs, Rank: s.Rank, Alpha: s.Alpha, Dropout: s.Dropout,
 			WarmupSteps: s.WarmupSteps, WeightDecay: s.WeightDecay, MaxSeqLength: s.MaxSeqLength, Seed: s.Seed,
+			EarlyStoppingPatience: s.EarlyStoppingPatience,
 		},
+		Merged: s.Merged, MergedFileBytes: mergedFileBytes(x.takes),
 		ValidationFraction: 0.05, CheckpointEverySeconds: x.Config.CheckpointEvery.Seconds(), KeepCheckpoints: 2,
 		ResumeFrom: resume, CacheDir: filepath.Join(x.Config.DataDir, "tokens"), Threads: x.threads(), Sanity: x.live.Devices.Check,
 	}, nil
@@ -70,6 +72,16 @@ func (x *run) threads() int {
 		return x.Config.Threads
 	}
 	return x.live.Devices.Near.Threads
+}
+
+// mergedFileBytes is how large a file of a merged model may be where Storage
+// takes so many bytes in one, 0 for any number: a tenth is left for what stands
+// around the tensors.
+func mergedFileBytes(takes int64) int64 {
+	if takes <= 0 {
+		return 0
+	}
+	return min(4_900_000_000, takes-takes/10)
 }
 
 // setResumeStep records the step to go on from.

@@ -68,6 +68,24 @@ func TestEveryFaultIsNamedAtOnce(t *testing.T) {
 	}
 }
 
+func TestWhatTheTrainerDecidesMayBeSaid(t *testing.T) {
+	s, err := job.ParseSpec("fast", []byte(`{}`), []byte(`{}`), policy)
+	if err != nil || s.TooLong != "" || s.EarlyStoppingPatience != nil || s.Merged {
+		t.Errorf("nothing said: %+v, %v", s, err)
+	}
+	s, err = job.ParseSpec("fast", []byte(`{"too_long":"drop","early_stopping_patience":0,"merged":true}`), []byte(`{}`), policy)
+	if err != nil || s.TooLong != "drop" || s.EarlyStoppingPatience == nil || *s.EarlyStoppingPatience != 0 || !s.Merged {
+		t.Errorf("all said: %+v, %v", s, err)
+	}
+	_, err = job.ParseSpec("fast", []byte(`{"too_long":"cut","early_stopping_patience":-2,"merged":"yes"}`), []byte(`{}`), policy)
+	words := job.ForUser(err)
+	for _, want := range []string{"send one of truncate_history, drop, error", "early_stopping_patience is -2", "merged is"} {
+		if !strings.Contains(words, want) {
+			t.Errorf("%q is not named in: %s", want, words)
+		}
+	}
+}
+
 func TestHyperparametersMustBeAnObject(t *testing.T) {
 	for _, raw := range []string{`[]`, `"x"`, `3`, `null`, `{`, ``} {
 		_, err := job.ParseSpec("fast", []byte(raw), []byte(`{}`), policy)

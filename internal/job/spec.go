@@ -28,6 +28,10 @@ type Spec struct {
 	MaxSeqLength int     `json:"max_seq_length"` // tokens
 	Seed         int64   `json:"seed"`
 
+	TooLong               string `json:"too_long,omitempty"`                // what becomes of examples above MaxSeqLength; empty: the trainer's choice
+	EarlyStoppingPatience *int   `json:"early_stopping_patience,omitempty"` // evaluations without a gain, 0 for never; nil: the trainer's choice
+	Merged                bool   `json:"merged,omitempty"`                  // the base model with the adapter added is wanted as well
+
 	GPUs        Wish              `json:"gpu_class"` // a text, as older rows have it
 	GPUCount    int               `json:"gpu_count"`
 	MinMemoryGB int               `json:"min_memory_gb,omitempty"` // of each device; 1 GB is 10⁹ bytes
@@ -113,6 +117,11 @@ func ParseSpec(presetID string, hyperparameters, gpuConfig []byte, p Policy) (Sp
 	s.WeightDecay = r.number(h, 0, 0, 1, "weight_decay")
 	s.MaxSeqLength = r.integer(h, s.MaxSeqLength, 16, 131_072, "max_seq_length")
 	s.Seed = int64(r.integer(h, int(s.Seed), 0, math.MaxInt32, "seed"))
+	s.TooLong = r.word(h, "too_long", "truncate_history", "drop", "error")
+	if patience := r.integer(h, -1, 0, 1000, "early_stopping_patience"); patience >= 0 {
+		s.EarlyStoppingPatience = &patience
+	}
+	s.Merged = r.yes(h, false, "merged")
 	s.BaseModel = r.text(h, "", "base_model", "model")
 
 	if len(p.BaseModels) == 0 {
@@ -291,6 +300,20 @@ func (r *reader) text(o object, otherwise string, spellings ...string) string {
 	if !isText || s == "" {
 		r.fault("%s.%s is %s: send a name", o.name, name, describe(v))
 		return otherwise
+	}
+	return s
+}
+
+// word takes one of some words, empty when there is none.
+func (r *reader) word(o object, name string, words ...string) string {
+	v, _, ok := r.pick(o, []string{name})
+	if !ok {
+		return ""
+	}
+	s, _ := v.(string)
+	if !slices.Contains(words, s) {
+		r.fault("%s.%s is %s: send one of %s", o.name, name, describe(v), strings.Join(words, ", "))
+		return ""
 	}
 	return s
 }

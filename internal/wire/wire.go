@@ -37,10 +37,12 @@ type Plan struct {
 	CheckpointEverySteps   int             `json:"checkpoint_every_steps"`   // 0: by time only
 	CheckpointEverySeconds float64         `json:"checkpoint_every_seconds"` // seconds
 	KeepCheckpoints        int             `json:"keep_checkpoints"`
-	ResumeFrom             string          `json:"resume_from"`         // checkpoint directory, empty for none
-	CacheDir               string          `json:"cache_dir,omitempty"` // where tokens are kept from job to job, empty for nowhere
-	Threads                int             `json:"threads"`             // 0: the library chooses
-	Sanity                 bool            `json:"sanity"`              // check the devices before the training
+	ResumeFrom             string          `json:"resume_from"`                 // checkpoint directory, empty for none
+	CacheDir               string          `json:"cache_dir,omitempty"`         // where tokens are kept from job to job, empty for nowhere
+	Merged                 bool            `json:"merged,omitempty"`            // the base model with the adapter added is wanted as well
+	MergedFileBytes        int64           `json:"merged_file_bytes,omitempty"` // at most, of each of its files; 0: 4.9 GB
+	Threads                int             `json:"threads"`                     // 0: the library chooses
+	Sanity                 bool            `json:"sanity"`                      // check the devices before the training
 	Dry                    *Dry            `json:"dry,omitempty"`
 }
 

@@ -29,6 +29,7 @@ from lora_train import (
     export,
     health,
     memory,
+    merge,
     model,
     optimizer,
     packing,
@@ -632,11 +633,11 @@ class _Trainer:
         }
         beside = self._beside(outcome)
         saved = export.write(self.plan, self.model, self.tokenizer, outcome, beside)
-        self._prove(saved.path)
+        files = [*saved.files, *self._prove(saved.path)]
         self.emit.send(
             "result",
             path=saved.path,
-            files=[f.plain() for f in saved.files],
+            files=[f.plain() for f in files],
             steps=st.step,
             epochs=self._epoch(),
             training_loss=st.loss,
@@ -649,8 +650,11 @@ class _Trainer:
         )
         self.emit.stage("done")
 
-    def _prove(self, adapter: Path) -> None:
-        """Have a fresh process read the adapter and find the same loss."""
+    def _prove(self, adapter: Path) -> list[checkpoint.File]:
+        """Have a fresh process read the adapter and find the same loss.
+
+        The files of the merged model, if one is wanted: it has to have that loss as well.
+        """
         those = self.held_set or self.train_set
         batch = [those[i] for i in reload.batch_of([len(s.tokens) for s in those])]
         expected = self._fitting(batch, lambda: self._mean_loss(batch))
@@ -671,6 +675,12 @@ class _Trainer:
             f"{len(batch)} examples, as it had in training",
             "reloaded",
         )
+        if not self.plan.merged:
+            return []
+        files = merge.write(self.plan, adapter, parts, loss, alive)
+        size = sum(f.bytes for f in files)
+        self.emit.log("info", f"the merged model has {len(files)} files, {size:,} bytes", "merged")
+        return files
 
     def _beside(self, outcome: dict[str, Any]) -> dict[str, bytes]:
         """What is told about the training beside its weights."""

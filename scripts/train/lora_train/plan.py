@@ -74,7 +74,11 @@ class Dry:
 
 @dataclass(frozen=True)
 class Plan:
-    """One attempt at one job. Tokens may be kept in `cache_dir` for the next one."""
+    """One attempt at one job.
+
+    Tokens may be kept in `cache_dir` for the next one. `merged` asks for the base
+    model with the adapter added as well, in files of at most `merged_file_bytes`.
+    """
 
     job: str
     attempt: int
@@ -90,6 +94,8 @@ class Plan:
     keep_checkpoints: int = 2
     resume_from: Path | None = None
     cache_dir: Path | None = None
+    merged: bool = False
+    merged_file_bytes: int = 4_900_000_000
     threads: int = 0
     sanity: bool = False
     dry: Dry = field(default_factory=Dry)
@@ -162,6 +168,8 @@ def parse(raw: dict[str, Any]) -> Plan:
         "keep_checkpoints": r.integer("keep_checkpoints", 2, low=1, high=1000),
         "threads": r.integer("threads", 0, low=0, high=1024),
         "sanity": r.boolean("sanity", False),
+        "merged": r.boolean("merged", False),
+        "merged_file_bytes": r.integer("merged_file_bytes", 4_900_000_000, low=1000),
     }
     resume, cache_dir = r.path("resume_from", empty=True), r.path("cache_dir", empty=True)
     y = r.section("dry", optional=True)

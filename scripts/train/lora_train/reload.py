@@ -67,7 +67,7 @@ def prove(
         "threads": plan.threads,
         "parts": [{"tokens": list(p.tokens), "trained": list(map(bool, p.trained))} for p in parts],
     }
-    said, noise = _ask(json.dumps(asked), alive)
+    said, noise = ask("lora_train.reload", asked, alive, PATIENCE_SECONDS)
     if said is None:
         raise Failure("trainer_crashed", "the adapter could not be read again", detail=noise)
     if "kind" in said:
@@ -82,18 +82,21 @@ def prove(
     return loss
 
 
-def _ask(question: str, alive: Callable[[], None]) -> tuple[dict[str, Any] | None, str]:
+def ask(
+    module: str, question: dict[str, Any], alive: Callable[[], None], patience: float
+) -> tuple[dict[str, Any] | None, str]:
+    """What a fresh process answers, None when it does not; and what else it said."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(
-            [sys.executable, "-m", "lora_train.reload"],
+            [sys.executable, "-m", module],
             cwd=PACKAGE.parent,
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,
         )
         try:
-            _hand(child, question)
-            _wait(child, alive)
+            _hand(child, json.dumps(question))
+            _wait(child, alive, patience)
         finally:
             child.kill()
             child.wait()
@@ -117,16 +120,16 @@ def _hand(child: subprocess.Popen[bytes], question: str) -> None:
         pass  # it died; its exit code and its last words say why
 
 
-def _wait(child: subprocess.Popen[bytes], alive: Callable[[], None]) -> None:
+def _wait(child: subprocess.Popen[bytes], alive: Callable[[], None], patience: float) -> None:
     waited = 0.0
-    while waited < PATIENCE_SECONDS:
+    while waited < patience:
         try:
             child.wait(timeout=0.1)
             return
         except subprocess.TimeoutExpired:
             waited += 0.1
             alive()
-    raise Failure("hang", f"reading the adapter again took more than {PATIENCE_SECONDS:.0f} s")
+    raise Failure("hang", f"reading the adapter again took more than {patience:.0f} s")
 
 
 # --- In the fresh process ------------------------------------------------------
@@ -164,8 +167,15 @@ def measure(asked: dict[str, Any]) -> float:
     if wanted != {k: tuple(v.shape) for k, v in stored.items()}:
         odd = sorted(set(wanted) ^ set(stored))[:3] or ["shapes"]
         raise ValueError(f"its tensors do not fit the base model: {', '.join(odd)}")
+    return mean_loss(model, asked["parts"], device)
+
+
+def mean_loss(model: Any, parts: Sequence[dict[str, Any]], device: str) -> float:  # noqa: ANN401
+    """The loss of a model on a batch, by its own forward pass."""
+    import torch
+
     total, count = 0.0, 0
-    for part in asked["parts"]:
+    for part in parts:
         tokens = torch.tensor(part["tokens"], device=device)
         keep = torch.tensor(part["trained"][1:], device=device)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
@@ -180,9 +190,13 @@ def measure(asked: dict[str, Any]) -> float:
 
 def main() -> None:
     """Read the question from stdin, answer with one line of JSON."""
-    asked = json.load(sys.stdin)
+    answer(lambda asked: {"loss": measure(asked)})
+
+
+def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Be the process that was asked, and end."""
     try:
-        said: dict[str, Any] = {"loss": measure(asked)}
+        said = work(json.load(sys.stdin))
     except (ValueError, checkpoint.Damaged) as e:
         said = {"kind": "trainer_crashed", "problem": failure.one_line(str(e))}
     except Exception as e:

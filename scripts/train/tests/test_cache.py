@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import DEMO, make_plan, play
 
-from lora_train import beside, cache, loop, render
+from lora_train import beside, cache, checkpoint, loop, render
 from lora_train.failure import Failure
 from lora_train.stop import Preempted
 
@@ -94,11 +94,18 @@ def test_the_name_is_all_that_tokens_follow_from(model: Path, tmp_path: Path) ->
     assert len({name, *names}) == 5
 
 
-def test_a_second_job_finds_the_tokens_of_the_first(model: Path, tmp_path: Path) -> None:
+def test_a_second_job_finds_the_tokens_of_the_first(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hyper = {"epochs": 1, "dropout": 0.0, "batch_size": 16}
     over: dict[str, Any] = {"hyper": hyper, "cache_dir": str(tmp_path / "tokens")}
     first = play(make_plan(tmp_path / "first", DEMO, model, **over))
-    second = play(make_plan(tmp_path / "second", DEMO, model, **over))
+    # The merged model is tested elsewhere; a plan that wants it gets it.
+    file = checkpoint.File("merged/model.safetensors", 7, "ab")
+    monkeypatch.setattr(loop.merge, "write", lambda *_: [file])
+    second = play(make_plan(tmp_path / "second", DEMO, model, merged=True, **over))
+    assert second.of("result")[0]["files"][-1] == file.plain()
+    assert not first.logs("merged") and "1 files, 7 bytes" in second.logs("merged")[0]
     assert first.code == second.code == 0
     assert not first.logs("token_cache") and "already" in second.logs("token_cache")[0]
     assert second.losses() == first.losses()

@@ -43,6 +43,7 @@ type Plan struct {
 	MergedFileBytes        int64           `json:"merged_file_bytes,omitempty"` // at most, of each of its files; 0: 4.9 GB
 	Threads                int             `json:"threads"`                     // 0: the library chooses
 	Sanity                 bool            `json:"sanity"`                      // check the devices before the training
+	SlowPaths              []string        `json:"slow_paths,omitempty"`        // packing, head, linear, mlp, norm: not to be used fast
 	Dry                    *Dry            `json:"dry,omitempty"`
 }
 

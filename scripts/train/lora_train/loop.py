@@ -27,6 +27,7 @@ from lora_train import (
     curve,
     data,
     export,
+    fast,
     health,
     memory,
     merge,
@@ -159,8 +160,12 @@ class _Trainer:
         self.beginning = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         self._resume()
         self.forward = packing.Forward(self.model, self.plan.device)
-        if why := self.forward.use_packing(self.train_set):
+        slow = self.plan.slow_paths
+        wanted = "the plan wants it so" if "packing" in slow else ""
+        if why := wanted or self.forward.use_packing(self.train_set):
             self.emit.log("warn", f"sequences are padded, not packed: {why}", "varlen_fallback")
+        self.stop.check()
+        fast.use(self.forward, self.train_set, slow, self._say_slow)
         planned = self._plan_memory()
         self.emit.send(
             "plan",
@@ -177,6 +182,10 @@ class _Trainer:
             base_model=self.plan.base_model.name,
             memory_plan=planned,
         )
+
+    def _say_slow(self, why: str) -> None:
+        said = f"layers are not exchanged for faster ones: {why}"
+        self.emit.log("warn", said, "fastpath_disabled")
 
     def _plan_memory(self) -> dict[str, int | bool]:
         """Set the tokens of a micro-batch, and whether activations are recomputed."""

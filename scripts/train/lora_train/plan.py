@@ -13,6 +13,8 @@ from lora_train.failure import Failure
 
 VERSION = 1
 TOO_LONG = ("truncate_history", "drop", "error")
+# What can be told to go the slow way, which is right for every model.
+SLOW_PATHS = ("packing", "head", "linear", "mlp", "norm")
 
 T = TypeVar("T")
 
@@ -98,6 +100,7 @@ class Plan:
     merged_file_bytes: int = 4_900_000_000
     threads: int = 0
     sanity: bool = False
+    slow_paths: tuple[str, ...] = ()
     dry: Dry = field(default_factory=Dry)
 
     @property
@@ -170,6 +173,7 @@ def parse(raw: dict[str, Any]) -> Plan:
         "sanity": r.boolean("sanity", False),
         "merged": r.boolean("merged", False),
         "merged_file_bytes": r.integer("merged_file_bytes", 4_900_000_000, low=1000),
+        "slow_paths": r.words("slow_paths", SLOW_PATHS),
     }
     resume, cache_dir = r.path("resume_from", empty=True), r.path("cache_dir", empty=True)
     y = r.section("dry", optional=True)
@@ -268,6 +272,14 @@ class _Reader:
             return str(v)
 
         return self._take(key, default, read)
+
+    def words(self, key: str, known: tuple[str, ...]) -> tuple[str, ...] | None:
+        def read(v: object) -> tuple[str, ...]:
+            if not isinstance(v, list) or any(w not in known for w in v):
+                raise ValueError(f"must be a list of {', '.join(known)}")
+            return tuple(v)
+
+        return self._take(key, (), read)
 
     def boolean(self, key: str, default: bool) -> bool | None:
         def read(v: object) -> bool:

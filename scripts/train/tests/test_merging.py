@@ -53,8 +53,8 @@ def test_losses_and_gradients_are_those_of_the_rows(renderer: render.Renderer) -
     assert len(lines) == 4 and len(merged) < 4
     assert sum(s.loss_tokens for s in merged) == sum(s.loss_tokens for s in alone)
     assert sum(len(s.tokens) for s in merged) < sum(len(s.tokens) for s in alone)
-    loss, gradients = forward._gradients(merged)
-    other, others = forward._gradients(alone)
+    loss, gradients = forward.gradients(merged)
+    other, others = forward.gradients(alone)
     assert loss == pytest.approx(other, rel=1e-5)
     assert (gradients - others).norm() < 1e-5 * others.norm()
     # Token by token, not only in sum.

@@ -37,12 +37,13 @@ SMALL: dict[str, Any] = {
 }
 
 
-def forward_of(config: Any) -> packing.Forward:
+def forward_of(config: Any, dropout: float = 0.0) -> packing.Forward:
     """A small random model of any kind with an adapter whose gradients are not zero."""
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_config(config)
     model = get_peft_model(
-        base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        base,
+        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout),
     )
     for n, p in model.named_parameters():
         if "lora_B" in n:
@@ -78,9 +79,9 @@ def test_packed_rows_equal_padded_ones(config: Any) -> None:
     forward = forward_of(config)
     forward.model.eval()
     some = documents(40, 7, 23, 64)
-    plain = forward._gradients(some)
+    plain = forward.gradients(some)
     assert forward.use_packing(some) == "" and forward.packed
-    loss, gradients = forward._gradients(some)
+    loss, gradients = forward.gradients(some)
     assert loss == pytest.approx(plain[0], rel=1e-6)
     assert (gradients - plain[1]).norm() < 1e-5 * plain[1].norm()
     # No document sees another: each costs the same alone.

@@ -226,6 +226,7 @@ type Event struct {
 	Bytes          int64  `json:"bytes"`
 	Files          []File `json:"files"`
 	Final          bool   `json:"final"`
+	StallMS        Float  `json:"stall_ms"` // how long training stood still for the checkpoint
 	Steps          int    `json:"steps"`
 	TrainingLoss   Float  `json:"training_loss"`
 

@@ -8,6 +8,7 @@ continues bit for bit on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from lora_train import (
     reload,
     report,
     sanity,
+    saver,
     schedule,
     verdict,
 )
@@ -61,12 +63,18 @@ T = TypeVar("T")
 def run(session: Session) -> None:
     """Train one adapter; raises Preempted or Failure."""
     trainer = _Trainer(session)
-    trainer.read()
-    with trainer.preparing:
-        trainer.load()
-    trainer.advise()
-    trainer.train()
-    trainer.finish()
+    try:
+        trainer.read()
+        with trainer.preparing:
+            trainer.load()
+        trainer.advise()
+        trainer.train()
+        trainer.finish()
+    except BaseException:
+        # Nothing is said after the last words.
+        with contextlib.suppress(BaseException):
+            trainer.saver.wait()
+        raise
 
 
 @dataclass
@@ -100,6 +108,7 @@ class _Trainer:
         self.state, self.history = _State(), History()
         self.epoch_plan: tuple[int, list[list[schedule.Piece]]] = -1, []
         self.saved_step, self.saved_at = -1, self.clock.monotonic()
+        self.saver = saver.Saver()
         self.good: Path | None = None  # the newest checkpoint of this run
         self.pace = health.Pace()
         self.best: dict[str, torch.Tensor] = {}  # the adapter with the lowest validation loss
@@ -317,6 +326,7 @@ class _Trainer:
             self._evaluate_if_due()
             while self.state.step < self.total:
                 step = self.state.step + 1
+                self.saver.check()
                 self._step(step)
                 if trouble := self._trouble():
                     self._roll_back(trouble)
@@ -325,6 +335,8 @@ class _Trainer:
                 if self._due():
                     self._save()
         except Preempted:
+            self.emit.expect(health.FIRST_SECONDS)
+            self.saver.wait()
             if self.state.step > max(0, self.saved_step) and self._healthy():
                 self._save()
             raise
@@ -351,6 +363,7 @@ class _Trainer:
         was = self.state
         if was.rolled_back:
             raise Failure("diverged", f"{why}, also with half the learning rate")
+        self.saver.wait()
         own = self.plan.checkpoints
         found = self.good and checkpoint.newest(self.good, own, self._damaged)
         if found:
@@ -567,45 +580,61 @@ class _Trainer:
         return seconds > 0 and self.clock.monotonic() - self.saved_at >= seconds
 
     def _save(self) -> None:
-        """Write and announce a checkpoint of the last whole step."""
-        stage, step = self.emit.stage_now, self.state.step
-        self.emit.stage("saving")
-        moments = {n: t.cpu().contiguous() for n, t in self.optimizer.moments().items()}
-        adapter = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
-        state = {**asdict(self.state), "updates": self.optimizer.updates}
-        files = {
-            "adapter.safetensors": save_tensors(adapter),
-            "optimizer.safetensors": save_tensors(moments),
-            "state.json": json.dumps(state).encode(),
-            FILE: self.history.bytes(),
-        }
-        if self.best and self.state.best.step != step:
-            files[BEST] = save_tensors(self.best)
-        saved = checkpoint.write(
-            self.plan.checkpoints / checkpoint.directory_name(step),
-            step,
-            files,
-            {"fingerprint": self._fingerprint()},
-            self.stop.check_twice,
-        )
-        checkpoint.prune(self.plan.checkpoints, self.plan.keep_checkpoints, step)
-        self.saved_step, self.saved_at = step, self.clock.monotonic()
-        self.good = saved.path
-        self.beginning.clear()
-        self.emit.last_checkpoint_step = step
-        self.emit.send(
-            "checkpoint",
-            step=step,
-            epoch=self._epoch(),
-            loss=self.state.loss,
-            path=saved.path,
-            manifest_sha256=saved.manifest_sha256,
-            bytes=saved.bytes,
-            files=[f.plain() for f in saved.files],
-            final=step == self.total,
-        )
-        if step < self.total and stage == "training":
-            self.emit.stage("training")
+        """Save the last whole step: copy it, and let it be written while training goes on."""
+        began, step = self.clock.monotonic(), self.state.step
+        last = step == self.total or self.stop.asked > 0
+        if last:
+            self.emit.stage("saving")
+        self.emit.expect(health.FIRST_SECONDS)
+        moments = self.optimizer.moments()
+        host = self.saver.copies({**self.parameters, **moments})
+        adapter = {n: host[n] for n in self.parameters}
+        best = self.best if self.best and self.state.best.step != step else {}
+        state = json.dumps({**asdict(self.state), "updates": self.optimizer.updates}).encode()
+        metrics, final = self.history.bytes(), step == self.total
+        epoch, loss = self._epoch(), self.state.loss
+
+        def write() -> checkpoint.Saved:
+            files = {
+                "adapter.safetensors": save_tensors(adapter),
+                "optimizer.safetensors": save_tensors({n: host[n] for n in moments}),
+                "state.json": state,
+                FILE: metrics,
+            }
+            if best:
+                files[BEST] = save_tensors(best)
+            saved = checkpoint.write(
+                self.plan.checkpoints / checkpoint.directory_name(step),
+                step,
+                files,
+                {"fingerprint": self._fingerprint()},
+                self.stop.check_twice,
+            )
+            checkpoint.prune(self.plan.checkpoints, self.plan.keep_checkpoints, step)
+            return saved
+
+        def written(saved: checkpoint.Saved) -> None:
+            self.good, self.saved_step = saved.path, step
+            self.beginning.clear()
+            self.emit.last_checkpoint_step = step
+            self.emit.send(
+                "checkpoint",
+                step=step,
+                epoch=epoch,
+                loss=loss,
+                path=saved.path,
+                manifest_sha256=saved.manifest_sha256,
+                bytes=saved.bytes,
+                files=[f.plain() for f in saved.files],
+                final=final,
+                stall_ms=stall,
+            )
+
+        stall = round(1000 * (self.clock.monotonic() - began), 3)
+        self.saver.start(write, written)
+        self.saved_at = self.clock.monotonic()
+        if last:
+            self.saver.wait()
 
     def finish(self) -> None:
         """Write the adapter and say that all is done."""

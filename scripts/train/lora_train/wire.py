@@ -45,7 +45,7 @@ FIELDS = {
     "sample": "step epoch loss learning_rate grad_norm tokens loss_tokens tokens_per_second"
     " seconds skipped",
     "eval": "step epoch validation_loss perplexity tokens loss learning_rate",
-    "checkpoint": "step epoch loss path manifest_sha256 bytes files final",
+    "checkpoint": "step epoch loss path manifest_sha256 bytes files final stall_ms",
     "log": "level message code",
     "heartbeat": "stage step rss_bytes",
     "error": "kind message hint detail",

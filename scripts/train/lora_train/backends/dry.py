@@ -224,6 +224,7 @@ class _Player:
             bytes=saved.bytes,
             files=[f.plain() for f in saved.files],
             final=final,
+            stall_ms=0.0,
         )
 
     def _tensors(self, step: int) -> bytes:

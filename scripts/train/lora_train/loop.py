@@ -68,7 +68,8 @@ def run(session: Session) -> None:
         with trainer.preparing:
             trainer.load()
         trainer.advise()
-        trainer.train()
+        with memory.few_collections():
+            trainer.train()
         trainer.finish()
     except BaseException:
         # Nothing is said after the last words.
@@ -109,6 +110,7 @@ class _Trainer:
         self.epoch_plan: tuple[int, list[list[schedule.Piece]]] = -1, []
         self.saved_step, self.saved_at = -1, self.clock.monotonic()
         self.saver = saver.Saver()
+        self.ahead: tuple[int, list[Sequence]] = -1, []  # what the next step is made of
         self.good: Path | None = None  # the newest checkpoint of this run
         self.pace = health.Pace()
         self.best: dict[str, torch.Tensor] = {}  # the adapter with the lowest validation loss
@@ -328,6 +330,7 @@ class _Trainer:
                 step = self.state.step + 1
                 self.saver.check()
                 self._step(step)
+                memory.collect(step)
                 if trouble := self._trouble():
                     self._roll_back(trouble)
                     continue
@@ -398,7 +401,7 @@ class _Trainer:
     def _step(self, step: int) -> None:
         """One optimizer step over exactly batch_size examples."""
         began = self.clock.monotonic()
-        batch = self._examples(step)
+        batch = self.ahead[1] if self.ahead[0] == step else self._examples(step)
         tokens = sum(len(s.tokens) for s in batch)
         loss_tokens = sum(s.loss_tokens for s in batch)
         peak = self.h.learning_rate * self.state.rate_factor
@@ -435,6 +438,10 @@ class _Trainer:
         total, norm = self._gradients(step, batch, loss_tokens)
         both = torch.stack([total, norm.double()])
         self.optimizer.step(rate, 1 - both.isfinite().all().float())
+        # The device is still busy: time to make the next step's rows.
+        if step < self.total:
+            self.ahead = step + 1, self._examples(step + 1)
+            self.forward.prepare(self._groups(self.ahead[1]))
         # The only place in a step where the host waits for the device.
         loss, length = both.tolist()
         return loss, length
@@ -447,13 +454,18 @@ class _Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
-        for group in self.forward.groups([len(s.tokens) for s in batch], self.state.budget):
+        for group in self._groups(batch):
             self.stop.check()
-            part = self.forward.nll([batch[i] for i in group]) / loss_tokens
+            part = self.forward.nll(group) / loss_tokens
             part.backward()
             total += part.detach()
             self.emit.alive()
         return total, torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+
+    def _groups(self, those: list[Sequence]) -> list[list[Sequence]]:
+        """The sequences in micro-batches."""
+        groups = self.forward.groups([len(s.tokens) for s in those], self.state.budget)
+        return [[those[i] for i in group] for group in groups]
 
     def _fitting(self, batch: list[Sequence], work: Callable[[], T]) -> T:
         """Do the work again in smaller pieces for as long as memory runs out."""
@@ -527,9 +539,9 @@ class _Trainer:
         lengths = [len(s.tokens) for s in those]
         self.emit.expect(self.pace.allowed(sum(lengths)))
         with torch.no_grad():
-            for group in self.forward.groups(lengths, self.state.budget):
+            for group in self._groups(those):
                 self.stop.check()
-                total += self.forward.nll([those[i] for i in group])
+                total += self.forward.nll(group)
                 self.emit.alive()
         return total.item() / sum(s.loss_tokens for s in those)
 

@@ -7,8 +7,9 @@ training ends with an estimate in words.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lora_train.failure import Failure
 
 Groups = Callable[[Sequence[int], int], list[list[int]]]
 GIB = 1 << 30
+COLLECT_EVERY = 100  # steps
 RESERVE = 1.2 * GIB  # the device's context and the libraries' work space
 
 
@@ -41,6 +43,28 @@ def recompute(base: Any) -> bool:  # noqa: ANN401
         return False
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return True
+
+
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """Let Python look for dead cycles only when `collect` or `release` says so.
+
+    It would look through all modules of the libraries in the middle of steps.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def collect(step: int) -> None:
+    """Look for dead cycles every few steps."""
+    if step % COLLECT_EVERY == 0:
+        gc.collect()
 
 
 def release(device: str) -> None:

@@ -216,13 +216,15 @@ class Forward:
         self.attention = Attention()
         self.packed = False
         self.head: head.Head | None = None  # set: the loss comes from it, some rows at a time
+        # Made before they are asked for; with the sequences, so that no other gets their identity.
+        self._ready: dict[tuple[int, ...], tuple[Sequence[render.Sequence], Batch]] = {}
         # The head is only run where something is predicted, if the model can leave the rest out.
         self._keeps = "logits_to_keep" in inspect.signature(self.base.forward).parameters
 
     def nll(self, sequences: Sequence[render.Sequence]) -> torch.Tensor:
         """Summed negative log likelihood of the trained tokens, in nats, on the device."""
-        made = packed if self.packed else padded
-        batch = made(sequences, self.device)
+        ready = self._ready.pop(tuple(map(id, sequences)), None)
+        batch = ready[1] if ready else self._make(sequences)
         self.attention.lay_out(batch.lengths, self.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
             if self.head is not None:
@@ -234,6 +236,13 @@ class Forward:
                 logits = self.model(**batch.inputs).logits
                 logits = logits.reshape(-1, logits.shape[-1])[batch.keep]
         return F.cross_entropy(logits.float(), batch.wanted, reduction="sum")
+
+    def prepare(self, groups: Sequence[Sequence[render.Sequence]]) -> None:
+        """Make what `nll` will be asked for next, with these very sequences."""
+        self._ready = {tuple(map(id, group)): (group, self._make(group)) for group in groups}
+
+    def _make(self, sequences: Sequence[render.Sequence]) -> Batch:
+        return (packed if self.packed else padded)(sequences, self.device)
 
     def groups(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
         """Positions split into micro-batches that cost at most `budget` tokens."""

@@ -175,6 +175,9 @@ class _Trainer:
         wanted = "the plan wants it so" if "packing" in slow else ""
         if why := wanted or self.forward.use_packing(self.train_set):
             self.emit.log("warn", f"sequences are padded, not packed: {why}", "varlen_fallback")
+            if odd := self.forward.check_padding(self.train_set):
+                said = f"sequences are not even padded, but one by one: {odd}"
+                self.emit.log("warn", said, "varlen_fallback")
         self.stop.check()
         fast.use(self.forward, self.train_set, slow, self._say_slow)
         planned = self._plan_memory()

@@ -63,17 +63,23 @@ def load(plan: Plan) -> torch.nn.Module:
     base.config.use_cache = False
     h = plan.hyperparameters
     torch.manual_seed(h.seed)
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            r=h.rank,
-            lora_alpha=h.alpha,  # pyright: ignore[reportArgumentType]
-            lora_dropout=h.dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-            bias="none",
-        ),
+    config = LoraConfig(
+        r=h.rank,
+        lora_alpha=h.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=h.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        bias="none",
     )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as e:
+        # Mamba's kernels take weights past their layers: an adapter there would do nothing.
+        raise Failure(
+            "plan_invalid",
+            f"a base model of this kind takes no adapter on all linear layers: {e}",
+            "Choose a base model of another kind.",
+        ) from e
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_train import head, render
+from lora_train import failure, head, render
 from lora_train.failure import is_out_of_memory
 
 NAME = "lora_train_varlen"  # unknown to the registry of masks, so that no mask is built
@@ -215,6 +215,7 @@ class Forward:
         self._own = self.base.config._attn_implementation
         self.attention = Attention()
         self.packed = False
+        self.alone = False  # neither packed nor padded: every sequence is a micro-batch
         self.head: head.Head | None = None  # set: the loss comes from it, some rows at a time
         # Made before they are asked for; with the sequences, so that no other gets their identity.
         self._ready: dict[tuple[int, ...], tuple[Sequence[render.Sequence], Batch]] = {}
@@ -246,6 +247,8 @@ class Forward:
 
     def groups(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
         """Positions split into micro-batches that cost at most `budget` tokens."""
+        if self.alone:
+            return [[i] for i in range(len(lengths))]
         return split(lengths, budget) if self.packed else split_padded(lengths, budget)
 
     def use_packing(self, examples: Sequence[render.Sequence]) -> str:
@@ -254,6 +257,34 @@ class Forward:
         if why:
             self.packed = False
             self._switch(self._own)
+        return why
+
+    def check_padding(self, examples: Sequence[render.Sequence]) -> str:
+        """Leave every sequence alone from now on if padding is wrong for this model; why, in words.
+
+        A state that is carried from one position to the next is not disturbed by
+        padding behind it, but nobody vouches for every model. Raises Failure for
+        one that cannot be trained at all.
+        """
+        batch = proof_batch(examples)
+        training = self.model.training
+        self.model.eval()
+        try:
+            together = self.gradients(batch)
+            each = [self.gradients([s]) for s in batch]
+        except Exception as e:
+            if failure.classify(e).kind != "trainer_crashed":
+                raise
+            raise failure.Failure(
+                "plan_invalid",
+                f"a base model of this kind cannot be trained here ({type(e).__name__}: {e})",
+                "Choose a base model of another kind.",
+            ) from e
+        finally:
+            self.model.train(training)
+        alone = sum(loss for loss, _ in each), torch.stack([g for _, g in each]).sum(0)
+        why = apart(alone, together, self.base.dtype)
+        self.alone = bool(why)
         return why
 
     def _switch(self, name: str) -> str:

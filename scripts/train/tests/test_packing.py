@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import DEMO, make_plan
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -14,13 +16,16 @@ from transformers import (
     GPT2Config,
     Lfm2Config,
     LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
 
-from lora_train import packing
+from lora_train import model, packing, plan
+from lora_train.failure import Failure
 from lora_train.render import Sequence
 
 SMALL: dict[str, Any] = {
@@ -105,6 +110,37 @@ def test_what_cannot_be_packed_is_padded(config: Any, why: str) -> None:
     assert why in forward.use_packing(some)
     assert not forward.packed and forward.base.config._attn_implementation == own
     assert forward.nll(some).item() == plain
+
+
+def test_padding_is_checked_where_rows_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lfm = Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])
+    forward, some = forward_of(lfm), documents(12, 5, 40)
+    assert forward.check_padding(some) == "" and not forward.alone
+    right = packing.padded
+
+    def shifted(sequences: list[Sequence], device: str) -> packing.Batch:
+        batch = right(sequences, device)
+        return packing.Batch(
+            {"input_ids": batch.inputs["input_ids"]}, batch.keep // 2, batch.wanted
+        )
+
+    with monkeypatch.context() as m:
+        m.setattr(packing, "padded", lambda s, d: (shifted if len(s) > 1 else right)(s, d))
+        assert "loss differs" in forward.check_padding(some)
+    assert forward.groups([12, 5, 40], 1000) == [[0], [1], [2]]
+    monkeypatch.setattr(packing, "padded", lambda *_: 1 / 0)
+    with pytest.raises(Failure, match="cannot be trained here") as e:
+        forward.check_padding(some)
+    assert e.value.kind == "plan_invalid"
+
+
+def test_a_model_that_takes_no_adapter_is_refused(tmp_path: Path) -> None:
+    MambaForCausalLM(
+        MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=1)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(Failure, match="takes no adapter on all linear layers") as e:
+        model.load(plan.parse(make_plan(tmp_path / "run", DEMO, tmp_path)))
+    assert e.value.kind == "plan_invalid"
 
 
 def test_a_leak_between_documents_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

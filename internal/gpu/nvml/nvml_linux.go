@@ -5,108 +5,378 @@ package nvml
 import (
 	"context"
 	"fmt"
+	"runtime"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
 
+	"github.com/NVIDIA/go-nvml/pkg/dl"
 	"github.com/NVIDIA/go-nvml/pkg/nvml"
 
 	"lorayard/internal/gpu"
 )
 
-// symbols are all that this package calls.
-var symbols = []string{
-	"nvmlShutdown", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2",
-	"nvmlDeviceGetUUID", "nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates",
+const library = "libnvidia-ml.so.1"
+
+// needed are the symbols without which nothing can be said of a device.
+var needed = []string{
+	"nvmlInit_v2", "nvmlShutdown", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetName",
 }
+
+// The symbols that a driver may lack.
+const (
+	symDriverVersion = "nvmlSystemGetDriverVersion"
+	symCUDAVersion   = "nvmlSystemGetCudaDriverVersion"
+	symMemory2       = "nvmlDeviceGetMemoryInfo_v2"
+	symMemory        = "nvmlDeviceGetMemoryInfo"
+	symPCI           = "nvmlDeviceGetPciInfo_v3"
+	symFields        = "nvmlDeviceGetFieldValues"
+	symUtilization   = "nvmlDeviceGetUtilizationRates"
+	symTemperature   = "nvmlDeviceGetTemperature"
+	symPowerLimit    = "nvmlDeviceGetEnforcedPowerLimit"
+	symClock         = "nvmlDeviceGetClockInfo"
+	symWidth         = "nvmlDeviceGetCurrPcieLinkWidth"
+	symMaxWidth      = "nvmlDeviceGetMaxPcieLinkWidth"
+	symMargin        = "nvmlDeviceGetMarginTemperature"
+	symLinkState     = "nvmlDeviceGetNvLinkState"
+	symLinkPCI       = "nvmlDeviceGetNvLinkRemotePciInfo_v2"
+	symLinkType      = "nvmlDeviceGetNvLinkRemoteDeviceType"
+	symAncestor      = "nvmlDeviceGetTopologyCommonAncestor"
+	symMIGMode       = "nvmlDeviceGetMigMode"
+	symMIGCount      = "nvmlDeviceGetMaxMigDeviceCount"
+	symMIGDevice     = "nvmlDeviceGetMigDeviceHandleByIndex"
+	symSetCreate     = "nvmlEventSetCreate"
+	symSetWait       = "nvmlEventSetWait_v2"
+	symSetFree       = "nvmlEventSetFree"
+	symSupported     = "nvmlDeviceGetSupportedEventTypes"
+	symRegister      = "nvmlDeviceRegisterEvents"
+)
+
+var wanted = []string{
+	symDriverVersion, symCUDAVersion, symMemory2, symMemory, symPCI, symFields, symUtilization, symTemperature, symPowerLimit, symClock,
+	symWidth, symMaxWidth, symMargin, symLinkState, symLinkPCI, symLinkType, symAncestor, symMIGMode, symMIGCount, symMIGDevice,
+	symSetCreate, symSetWait, symSetFree, symSupported, symRegister,
+}
+
+// Symbols lists every symbol of the library that may be called here.
+func Symbols() []string { return append(slices.Clone(needed), wanted...) }
 
 // Driver is the open library.
-type Driver struct{ lib nvml.Interface }
+type Driver struct {
+	lib      nvml.Interface
+	has      map[string]bool
+	patience time.Duration
+
+	turn   chan struct{} // whoever holds it may give the thread something to do
+	work   chan func()
+	wedged atomic.Bool // the last call has not come back yet
+
+	// Held for reading while events are waited for, and for writing while the
+	// library is opened anew.
+	open sync.RWMutex
+
+	// What only the thread touches.
+	units        []*unit
+	readings     []gpu.Reading
+	stale        bool // handles are of a driver that is gone
+	oldFields    bool // the driver refuses newer fields
+	driver, cuda string
+
+	generation atomic.Int64
+	versions   atomic.Pointer[[2]string]
+	handles    atomic.Pointer[map[nvml.Device][]string] // UUIDs of whole devices or their parts, for events
+}
+
+// unit is one device of the inventory.
+type unit struct {
+	gpu.Device
+	handle nvml.Device
+	whole  nvml.Device // the device that a MIG instance is a part of; handle, when it is none
+	mig    bool
+	gone   bool // since the driver was loaded anew
+
+	hot, warm []nvml.FieldValue
+}
 
 // Open loads the library; the error wraps ErrUnavailable when there is none.
-func Open() (*Driver, error) {
-	lib := nvml.New()
-	switch ret := lib.Init(); ret {
-	case nvml.SUCCESS:
-	case nvml.ERROR_LIBRARY_NOT_FOUND, nvml.ERROR_DRIVER_NOT_LOADED:
+func Open(o Options) (*Driver, error) {
+	path := o.Path
+	if path == "" {
+		path = library
+	}
+	// Looked at before go-nvml is: its Init calls symbols already.
+	probe := dl.New(path, dl.RTLD_LAZY|dl.RTLD_GLOBAL)
+	if err := probe.Open(); err != nil {
 		return nil, ErrUnavailable
-	default:
-		return nil, fmt.Errorf("initialise the NVIDIA driver library: %s", lib.ErrorString(ret))
 	}
-	for _, s := range symbols { // only a loaded library can be asked
-		if err := lib.Extensions().LookupSymbol(s); err != nil {
-			_ = lib.Shutdown()
-			return nil, fmt.Errorf("the NVIDIA driver is too old for this agent: %w", err)
+	has := map[string]bool{}
+	for _, s := range Symbols() {
+		has[s] = probe.Lookup(s) == nil
+	}
+	for _, s := range needed {
+		if !has[s] {
+			return nil, fmt.Errorf("the NVIDIA driver is too old for this agent: its library has no %s", s)
 		}
 	}
-	return &Driver{lib: lib}, nil
-}
-
-// Close unloads the library.
-func (d *Driver) Close() {
-	_ = d.lib.Shutdown() // nothing can be done about a failure
-}
-
-// Devices reads every device once. A device that does not answer is in the
-// list with its fault, under the index that the driver counts it at.
-func (d *Driver) Devices(ctx context.Context) ([]gpu.Device, error) {
-	n, ret := d.lib.DeviceGetCount()
+	d := &Driver{lib: nvml.New(nvml.WithLibraryPath(path)), has: has, patience: o.Patience, turn: make(chan struct{}, 1), work: make(chan func())}
+	if d.patience == 0 {
+		d.patience = Patience
+	}
+	d.versions.Store(&[2]string{})
+	go func() {
+		runtime.LockOSThread()
+		for f := range d.work {
+			f()
+		}
+	}()
+	var ret nvml.Return
+	if err := d.call(context.Background(), func() { ret = d.lib.Init() }); err != nil {
+		return nil, fmt.Errorf("initialise the NVIDIA driver library: %w", err)
+	}
 	if ret != nvml.SUCCESS {
-		return nil, fmt.Errorf("count the GPUs: %s", d.lib.ErrorString(ret))
-	}
-	devices := make([]gpu.Device, 0, n)
-	for i := range n {
-		if err := ctx.Err(); err != nil {
-			return nil, err
+		close(d.work)
+		if ret == nvml.ERROR_DRIVER_NOT_LOADED {
+			return nil, ErrUnavailable
 		}
-		devices = append(devices, d.device(i))
+		return nil, fmt.Errorf("initialise the NVIDIA driver library: %s", words(ret))
+	}
+	d.generation.Store(1)
+	return d, d.call(context.Background(), d.publish)
+}
+
+// Missing lists the symbols that this driver lacks.
+func (d *Driver) Missing() []string {
+	return slices.DeleteFunc(Symbols(), func(s string) bool { return d.has[s] })
+}
+
+// Close lets go of the library, unless a call keeps it.
+func (d *Driver) Close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	err := d.call(ctx, func() {
+		if d.open.TryLock() { // somebody still waits for events: the process is about to end
+			_ = d.lib.Shutdown() // nothing can be done about a failure
+			d.open.Unlock()
+		}
+	})
+	if err == nil {
+		close(d.work)
+	}
+}
+
+// call has the thread do f and waits for it, but not for ever: then the error
+// wraps gpu.ErrWedged, and so it does for every call until f has come back. What
+// f writes must not be looked at before.
+func (d *Driver) call(ctx context.Context, f func()) error {
+	patience := d.patience
+	if d.wedged.Load() {
+		patience = time.Millisecond
+	}
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case d.turn <- struct{}{}:
+	case <-t.C:
+		return gpu.ErrWedged
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	done := make(chan struct{})
+	d.work <- func() {
+		f()
+		d.wedged.Store(false)
+		<-d.turn
+		close(done)
+	}
+	select {
+	case <-done:
+		return nil
+	case <-t.C:
+		d.wedged.Store(true)
+		select {
+		case <-done: // it came back in this moment
+			d.wedged.Store(false)
+			return nil
+		default:
+		}
+		return gpu.ErrWedged
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Generation grows when the driver was loaded anew.
+func (d *Driver) Generation() int { return int(d.generation.Load()) }
+
+// Versions are those of the driver and of CUDA; empty: not known.
+func (d *Driver) Versions() (driver, cuda string) {
+	v := d.versions.Load()
+	return v[0], v[1]
+}
+
+// Devices reads what there is: whole devices, and the MIG instances of those
+// that are split. A device that does not answer is in the list with its fault,
+// under the index that the driver counts it at.
+func (d *Driver) Devices(ctx context.Context) ([]gpu.Device, error) {
+	var units []*unit
+	var err error
+	if wedged := d.call(ctx, func() {
+		if units, err = d.list(); err == nil {
+			d.take(units)
+		}
+	}); wedged != nil {
+		return nil, wedged
+	}
+	if err != nil {
+		return nil, err
+	}
+	devices := make([]gpu.Device, len(units))
+	for i, u := range units {
+		devices[i] = u.Device
 	}
 	return devices, nil
 }
 
-func (d *Driver) device(i int) gpu.Device {
-	out := gpu.Device{UUID: fmt.Sprintf("unknown-%d", i), Index: i}
-	h, ret := d.lib.DeviceGetHandleByIndex(i)
-	if ret != nvml.SUCCESS {
-		out.Fault = "the driver gives no handle: " + d.lib.ErrorString(ret)
-		return out
+// take makes units the inventory.
+func (d *Driver) take(units []*unit) {
+	d.units, d.readings = units, make([]gpu.Reading, len(units))
+	for i, u := range units {
+		d.readings[i] = gpu.BlankReading(u.UUID)
 	}
-	if out.UUID, ret = h.GetUUID(); ret != nvml.SUCCESS {
-		out.UUID, out.Fault = fmt.Sprintf("unknown-%d", i), "the driver gives no UUID: "+d.lib.ErrorString(ret)
-		return out
-	}
-	if out.Name, ret = h.GetName(); ret != nvml.SUCCESS {
-		out.Fault = "the driver gives no name: " + d.lib.ErrorString(ret)
-	}
-	mem, ret := h.GetMemoryInfo()
-	if ret != nvml.SUCCESS {
-		out.Fault = "the driver gives no memory size: " + d.lib.ErrorString(ret)
-	}
-	out.MemoryBytes = int64(mem.Total)
-	out.Class = gpu.Classify(out.Name, out.MemoryBytes)
-	return out
+	d.publish()
 }
 
-// Utilization reads how busy each device was over the driver's last sample
-// period, in percent, by UUID. A device that does not answer is left out.
-func (d *Driver) Utilization(ctx context.Context) (map[string]float64, error) {
+// publish tells other threads what the inventory is.
+func (d *Driver) publish() {
+	handles := map[nvml.Device][]string{}
+	for _, u := range d.units {
+		if u.whole != nil && !u.gone {
+			handles[u.whole] = append(handles[u.whole], u.UUID)
+		}
+	}
+	d.handles.Store(&handles)
+	var v [2]string
+	if d.has[symDriverVersion] {
+		v[0], _ = d.lib.SystemGetDriverVersion()
+	}
+	if d.has[symCUDAVersion] {
+		if n, ret := d.lib.SystemGetCudaDriverVersion(); ret == nvml.SUCCESS {
+			v[1] = strconv.Itoa(n/1000) + "." + strconv.Itoa(n%1000/10)
+		}
+	}
+	d.versions.Store(&v)
+}
+
+func (d *Driver) list() ([]*unit, error) {
 	n, ret := d.lib.DeviceGetCount()
 	if ret != nvml.SUCCESS {
-		return nil, fmt.Errorf("count the GPUs: %s", d.lib.ErrorString(ret))
+		return nil, fmt.Errorf("count the GPUs: %s", words(ret))
 	}
-	out := make(map[string]float64, n)
+	var units []*unit
 	for i := range n {
-		if err := ctx.Err(); err != nil {
-			return nil, err
+		u := d.unit(i)
+		parts := d.parts(u)
+		if len(parts) == 0 {
+			units = append(units, u)
 		}
-		h, ret := d.lib.DeviceGetHandleByIndex(i)
+		units = append(units, parts...)
+	}
+	return units, nil
+}
+
+func (d *Driver) unit(i int) *unit {
+	u := &unit{Device: gpu.Device{UUID: fmt.Sprintf("unknown-%d", i), Index: i, Node: -1}}
+	h, ret := d.lib.DeviceGetHandleByIndex(i)
+	if ret != nvml.SUCCESS {
+		u.Fault = "the driver gives no handle: " + words(ret)
+		return u
+	}
+	uuid, ret := h.GetUUID()
+	if ret != nvml.SUCCESS {
+		u.Fault = "the driver gives no UUID: " + words(ret)
+		return u
+	}
+	u.UUID, u.handle, u.whole = uuid, h, h
+	if u.Name, ret = h.GetName(); ret != nvml.SUCCESS {
+		u.Fault = "the driver gives no name: " + words(ret)
+	}
+	if d.has[symPCI] {
+		if pci, ret := h.GetPciInfo(); ret == nvml.SUCCESS {
+			u.Bus = address(pci)
+		}
+	}
+	d.size(u)
+	return u
+}
+
+// size reads memory and, with it, the class.
+func (d *Driver) size(u *unit) {
+	total, _, _, ret := d.memory(u.handle)
+	if ret != nvml.SUCCESS {
+		u.Fault = "the driver gives no memory size: " + words(ret)
+		return
+	}
+	u.MemoryBytes = int64(total)
+	u.Class = gpu.Classify(u.Name, u.MemoryBytes)
+}
+
+// parts lists the MIG instances of a device, none when it is not split.
+func (d *Driver) parts(whole *unit) []*unit {
+	if whole.handle == nil || !d.has[symMIGMode] || !d.has[symMIGCount] || !d.has[symMIGDevice] {
+		return nil
+	}
+	if mode, _, ret := whole.handle.GetMigMode(); ret != nvml.SUCCESS || mode != nvml.DEVICE_MIG_ENABLE {
+		return nil
+	}
+	n, ret := whole.handle.GetMaxMigDeviceCount()
+	if ret != nvml.SUCCESS {
+		return nil
+	}
+	var out []*unit
+	for i := range n {
+		h, ret := whole.handle.GetMigDeviceHandleByIndex(i)
 		if ret != nvml.SUCCESS {
-			continue
+			continue // instances may have gaps
 		}
 		uuid, ret := h.GetUUID()
 		if ret != nvml.SUCCESS {
 			continue
 		}
-		if u, ret := h.GetUtilizationRates(); ret == nvml.SUCCESS {
-			out[uuid] = float64(u.Gpu)
+		u := &unit{Device: gpu.Device{UUID: uuid, Index: whole.Index, Name: whole.Name + " MIG", Bus: whole.Bus, Node: -1}, handle: h, whole: whole.handle, mig: true}
+		if name, ret := h.GetName(); ret == nvml.SUCCESS {
+			u.Name = name
 		}
+		d.size(u)
+		out = append(out, u)
 	}
-	return out, nil
+	return out
+}
+
+// words says what a return code means; the library's own words may be missing.
+func words(ret nvml.Return) string {
+	switch ret {
+	case nvml.ERROR_UNINITIALIZED:
+		return "the driver was not initialised"
+	case nvml.ERROR_NOT_SUPPORTED:
+		return "not supported"
+	case nvml.ERROR_NO_PERMISSION:
+		return "no permission"
+	case nvml.ERROR_DRIVER_NOT_LOADED:
+		return "the driver is not loaded"
+	case nvml.ERROR_TIMEOUT:
+		return "the driver does not answer"
+	case nvml.ERROR_IRQ_ISSUE:
+		return "the kernel found a problem with the device's interrupts"
+	case nvml.ERROR_LIB_RM_VERSION_MISMATCH:
+		return "library and kernel module of the driver are of different versions: restart the host"
+	case nvml.ERROR_GPU_IS_LOST:
+		return "the device is lost"
+	case nvml.ERROR_RESET_REQUIRED:
+		return "the device must be reset"
+	case nvml.ERROR_OPERATING_SYSTEM:
+		return "the operating system refuses"
+	}
+	return fmt.Sprintf("NVML error %d", ret)
 }

@@ -1,0 +1,358 @@
+//go:build linux && cgo
+
+package nvml
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+
+	"lorayard/internal/gpu"
+)
+
+// Fields by their numbers in nvml.h, where the binding has no name for them.
+const (
+	fieldRecovery   = 230 // NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
+	fieldSWThermal  = 269 // NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN, ns
+	fieldHWThermal  = 270 // ..._HW_THERM_SLOWDOWN
+	fieldPowerBrake = 271 // ..._HW_POWER_BRAKE_SLOWDOWN
+	firstNewField   = 186 // drivers of before 2022 know none from here on
+	milli           = 1e-3
+	nano            = 1e-9
+	mega            = 1e6
+	mostLinks       = nvml.NVLINK_MAX_LINKS
+	unknown32Bits   = math.MaxUint32
+)
+
+// hotFields are read in one call: each call waits for the driver's one lock.
+var hotFields = []uint32{
+	nvml.FI_DEV_ECC_SBE_VOL_TOTAL, nvml.FI_DEV_ECC_DBE_VOL_TOTAL, nvml.FI_DEV_MEMORY_TEMP, nvml.FI_DEV_TOTAL_ENERGY_CONSUMPTION,
+	nvml.FI_DEV_PCIE_REPLAY_COUNTER, nvml.FI_DEV_REMAPPED_COR, nvml.FI_DEV_REMAPPED_UNC, nvml.FI_DEV_REMAPPED_PENDING,
+	nvml.FI_DEV_REMAPPED_FAILURE, nvml.FI_DEV_PERF_POLICY_POWER, nvml.FI_DEV_POWER_INSTANT, fieldRecovery, fieldSWThermal,
+	fieldHWThermal, fieldPowerBrake,
+}
+
+var warmFields = []uint32{
+	nvml.FI_DEV_NVLINK_CRC_FLIT_ERROR_COUNT_TOTAL, nvml.FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL, nvml.FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL,
+}
+
+// Read takes the readings of a tier into dst; what a device does not tell is
+// NaN. The error names the devices that do not answer.
+func (d *Driver) Read(ctx context.Context, tier gpu.Tier, dst []gpu.Reading) error {
+	var got []gpu.Reading // a call that hangs may write its own later
+	var err error
+	if wedged := d.call(ctx, func() {
+		err = d.read(tier)
+		got = slices.Clone(d.readings)
+	}); wedged != nil {
+		return wedged
+	}
+	copy(dst, got)
+	return err
+}
+
+func (d *Driver) read(tier gpu.Tier) error {
+	if d.stale {
+		if err := d.reopen(); err != nil {
+			return err
+		}
+	}
+	var failed error
+	dead := 0
+	for i, u := range d.units {
+		r := &d.readings[i]
+		if u.handle == nil {
+			continue // its fault is in the inventory
+		}
+		if u.gone {
+			r.Lost = true
+			continue
+		}
+		ret := nvml.SUCCESS
+		if tier == gpu.Hot {
+			ret = d.hot(u, r)
+		} else {
+			d.warm(u, r)
+		}
+		switch ret {
+		case nvml.SUCCESS, nvml.ERROR_NOT_SUPPORTED:
+		case nvml.ERROR_UNINITIALIZED, nvml.ERROR_DRIVER_NOT_LOADED:
+			dead++
+		default:
+			failed = errors.Join(failed, fmt.Errorf("%s: %s", u.UUID, words(ret)))
+		}
+	}
+	if dead > 0 { // not one device is lost, but the driver under all of them
+		d.stale = true
+		return errors.New("the driver is being loaded anew")
+	}
+	return failed
+}
+
+// reopen initialises the library again, after the driver under it went.
+func (d *Driver) reopen() error {
+	d.open.Lock()
+	defer d.open.Unlock()
+	_ = d.lib.Shutdown() // what it answers is about a driver that is gone
+	if ret := d.lib.Init(); ret != nvml.SUCCESS {
+		return fmt.Errorf("the driver is being loaded anew: %s", words(ret))
+	}
+	units, err := d.list()
+	if err != nil {
+		return err
+	}
+	now := map[string]*unit{}
+	for _, u := range units {
+		now[u.UUID] = u
+	}
+	for _, u := range d.units {
+		n := now[u.UUID]
+		if u.gone = n == nil || n.handle == nil; !u.gone {
+			u.handle, u.whole = n.handle, n.whole
+		}
+	}
+	d.stale = false
+	d.generation.Add(1)
+	d.publish()
+	return nil
+}
+
+// hot reads what is read every second.
+func (d *Driver) hot(u *unit, r *gpu.Reading) nvml.Return {
+	*r = gpu.Reading{ // what the other tier reads stays
+		UUID: u.UUID, PowerLimit: r.PowerLimit, TemperatureMargin: r.TemperatureMargin, ClockSM: r.ClockSM, ClockMem: r.ClockMem,
+		PCIeWidth: r.PCIeWidth, NVLinksUp: r.NVLinksUp, NVLinks: r.NVLinks, NVLinkErrors: r.NVLinkErrors,
+	}
+	nan := math.NaN()
+	r.MemoryTotal, r.MemoryUsed, r.MemoryReserved, r.Utilization, r.Temperature = nan, nan, nan, nan, nan
+	total, used, reserved, answer := d.memory(u.handle)
+	if answer == nvml.SUCCESS {
+		r.MemoryTotal, r.MemoryUsed, r.MemoryReserved = float64(total), float64(used), reserved
+	}
+	fields, ret := d.fields(u.whole, &u.hot, hotFields)
+	if ret != nvml.SUCCESS {
+		answer = worse(answer, ret)
+	}
+	r.ECCCorrected, r.ECCUncorrected, r.MemoryTemperature = number(fields, 0), number(fields, 1), number(fields, 2)
+	r.Energy, r.PCIeReplays = number(fields, 3)*milli, number(fields, 4)
+	r.RemapsCorrected, r.RemapsUncorrected, r.RemapPending, r.RemapFailed = number(fields, 5), number(fields, 6), number(fields, 7), number(fields, 8)
+	r.Power, r.Recovery = number(fields, 10)*milli, number(fields, 11)
+	r.Throttled = [5]float64{number(fields, 9) * nano, nan, number(fields, 13) * nano, number(fields, 14) * nano, number(fields, 12) * nano}
+	if d.has[symUtilization] && !u.mig {
+		if v, ret := u.handle.GetUtilizationRates(); ret == nvml.SUCCESS {
+			r.Utilization = float64(v.Gpu) / 100
+		} else {
+			answer = worse(answer, ret)
+		}
+	}
+	if d.has[symTemperature] {
+		if v, ret := u.whole.GetTemperature(nvml.TEMPERATURE_GPU); ret == nvml.SUCCESS {
+			r.Temperature = float64(v)
+		}
+	}
+	r.Lost, r.ResetRequired = answer == nvml.ERROR_GPU_IS_LOST, answer == nvml.ERROR_RESET_REQUIRED
+	return answer
+}
+
+// worse keeps the answer that says most about the device's state.
+func worse(a, b nvml.Return) nvml.Return {
+	for _, ret := range []nvml.Return{nvml.ERROR_UNINITIALIZED, nvml.ERROR_DRIVER_NOT_LOADED, nvml.ERROR_GPU_IS_LOST, nvml.ERROR_RESET_REQUIRED} {
+		if a == ret || b == ret {
+			return ret
+		}
+	}
+	if a == nvml.SUCCESS || a == nvml.ERROR_NOT_SUPPORTED {
+		return b
+	}
+	return a
+}
+
+// memory gives bytes: all, used without reserved, and reserved, which older
+// drivers do not tell apart.
+func (d *Driver) memory(h nvml.Device) (total, used uint64, reserved float64, _ nvml.Return) {
+	if d.has[symMemory2] {
+		m, ret := h.GetMemoryInfo_v2()
+		if ret != nvml.ERROR_NOT_SUPPORTED && ret != nvml.ERROR_FUNCTION_NOT_FOUND {
+			return m.Total, m.Used, float64(m.Reserved), ret
+		}
+	}
+	if !d.has[symMemory] {
+		return 0, 0, 0, nvml.ERROR_NOT_SUPPORTED
+	}
+	m, ret := h.GetMemoryInfo()
+	return m.Total, m.Used, math.NaN(), ret
+}
+
+// fields reads several numbers in one call; nil when there are none.
+func (d *Driver) fields(h nvml.Device, values *[]nvml.FieldValue, which []uint32) ([]nvml.FieldValue, nvml.Return) {
+	if !d.has[symFields] {
+		return nil, nvml.SUCCESS
+	}
+	if *values == nil {
+		*values = make([]nvml.FieldValue, len(which))
+		for i, id := range which {
+			(*values)[i].FieldId = id
+		}
+	}
+	v := *values
+	for i := range v {
+		v[i].NvmlReturn = uint32(nvml.ERROR_NOT_SUPPORTED)
+	}
+	n := len(v)
+	if d.oldFields {
+		for n > 0 && v[n-1].FieldId >= firstNewField {
+			n--
+		}
+	}
+	ret := h.GetFieldValues(v[:n])
+	if ret == nvml.ERROR_INVALID_ARGUMENT && !d.oldFields {
+		d.oldFields = true
+		return d.fields(h, values, which)
+	}
+	if ret != nvml.SUCCESS {
+		return nil, ret
+	}
+	return v, ret
+}
+
+// number is one of the values that were read, NaN when there is none.
+func number(values []nvml.FieldValue, i int) float64 {
+	if i >= len(values) || nvml.Return(values[i].NvmlReturn) != nvml.SUCCESS {
+		return math.NaN()
+	}
+	b := values[i].Value[:]
+	switch nvml.ValueType(values[i].ValueType) {
+	case nvml.VALUE_TYPE_DOUBLE:
+		return math.Float64frombits(binary.LittleEndian.Uint64(b))
+	case nvml.VALUE_TYPE_UNSIGNED_INT:
+		return float64(binary.LittleEndian.Uint32(b))
+	case nvml.VALUE_TYPE_SIGNED_INT:
+		return float64(int32(binary.LittleEndian.Uint32(b)))
+	case nvml.VALUE_TYPE_SIGNED_LONG_LONG:
+		return float64(int64(binary.LittleEndian.Uint64(b)))
+	case nvml.VALUE_TYPE_UNSIGNED_SHORT:
+		return float64(binary.LittleEndian.Uint16(b))
+	}
+	return float64(binary.LittleEndian.Uint64(b))
+}
+
+// warm reads what is read every 15 seconds.
+func (d *Driver) warm(u *unit, r *gpu.Reading) {
+	whole := u.whole
+	optional := func(symbol string, scale float64, read func() (uint32, nvml.Return)) float64 {
+		if d.has[symbol] {
+			if v, ret := read(); ret == nvml.SUCCESS && v != unknown32Bits {
+				return float64(v) * scale
+			}
+		}
+		return math.NaN()
+	}
+	r.PowerLimit = optional(symPowerLimit, milli, whole.GetEnforcedPowerLimit)
+	r.ClockSM = optional(symClock, mega, func() (uint32, nvml.Return) { return whole.GetClockInfo(nvml.CLOCK_SM) })
+	r.ClockMem = optional(symClock, mega, func() (uint32, nvml.Return) { return whole.GetClockInfo(nvml.CLOCK_MEM) })
+	width := func(read func() (int, nvml.Return)) func() (uint32, nvml.Return) {
+		return func() (uint32, nvml.Return) {
+			n, ret := read()
+			return uint32(n), ret
+		}
+	}
+	r.PCIeWidth = optional(symWidth, 1, width(whole.GetCurrPcieLinkWidth)) / optional(symMaxWidth, 1, width(whole.GetMaxPcieLinkWidth))
+	r.TemperatureMargin = math.NaN()
+	if d.has[symMargin] {
+		if m, ret := whole.GetMarginTemperature(); ret == nvml.SUCCESS {
+			r.TemperatureMargin = float64(m.MarginTemperature)
+		}
+	}
+	up, all := d.links(whole)
+	r.NVLinksUp, r.NVLinks = float64(up), float64(all)
+	fields, _ := d.fields(whole, &u.warm, warmFields) // the other tier judges what it answers
+	for i := range r.NVLinkErrors {
+		r.NVLinkErrors[i] = number(fields, i)
+	}
+}
+
+// links counts the NVLinks of a device.
+func (d *Driver) links(h nvml.Device) (up, all int) {
+	if !d.has[symLinkState] {
+		return 0, 0
+	}
+	for l := range mostLinks {
+		state, ret := h.GetNvLinkState(l)
+		if ret != nvml.SUCCESS {
+			break // there are no more
+		}
+		all++
+		if state == nvml.FEATURE_ENABLED {
+			up++
+		}
+	}
+	return up, all
+}
+
+// Links says how well each device is connected to each other one, see
+// gpu.Links, in the order of the inventory; nil where the driver does not tell.
+func (d *Driver) Links(ctx context.Context) ([][]int, error) {
+	var out [][]int
+	err := d.call(ctx, func() {
+		if d.has[symAncestor] {
+			out = d.matrix()
+		}
+	})
+	return out, err
+}
+
+func (d *Driver) matrix() [][]int {
+	devices, wires := make([]gpu.Device, len(d.units)), make([][]gpu.Wire, len(d.units))
+	for i, u := range d.units {
+		devices[i], wires[i] = u.Device, d.wires(u)
+	}
+	return gpu.Links(devices, wires, func(i, j int) gpu.Path {
+		a, b := d.units[i], d.units[j]
+		switch {
+		case a.handle == nil || b.handle == nil:
+			return gpu.PathUnknown
+		case a.Bus == b.Bus && a.Bus != "": // parts of one device
+			return gpu.PathBoard
+		}
+		level, ret := a.whole.GetTopologyCommonAncestor(b.whole)
+		if ret != nvml.SUCCESS {
+			return gpu.PathUnknown
+		}
+		return gpu.Path(level)
+	})
+}
+
+// wires are the NVLinks of a device that are up; a MIG instance has none.
+func (d *Driver) wires(u *unit) (out []gpu.Wire) {
+	if u.whole == nil || u.mig || !d.has[symLinkState] || !d.has[symLinkPCI] {
+		return nil
+	}
+	for l := range mostLinks {
+		state, ret := u.whole.GetNvLinkState(l)
+		if ret != nvml.SUCCESS {
+			break // there are no more
+		}
+		if state != nvml.FEATURE_ENABLED {
+			continue
+		}
+		if d.has[symLinkType] {
+			if kind, ret := u.whole.GetNvLinkRemoteDeviceType(l); ret == nvml.SUCCESS && kind == nvml.NVLINK_DEVICE_TYPE_SWITCH {
+				out = append(out, gpu.Wire{Switch: true})
+				continue
+			}
+		}
+		if pci, ret := u.whole.GetNvLinkRemotePciInfo(l); ret == nvml.SUCCESS {
+			out = append(out, gpu.Wire{Remote: address(pci)})
+		}
+	}
+	return out
+}
+
+func address(pci nvml.PciInfo) string {
+	return gpu.NormalBus(fmt.Sprintf("%08x:%02x:%02x.0", pci.Domain, pci.Bus, pci.Device))
+}

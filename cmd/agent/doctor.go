@@ -38,7 +38,9 @@ func doctor(ctx context.Context, s settings, settingsErr error, w io.Writer) err
 	findings := []finding{
 		{what: "settings", seen: "complete", err: settingsErr, todo: "see agent run --help and deploy/agent.env.example"},
 		{what: "host", seen: cpus()},
+		lookAtDriver(s),
 		lookAtDevices(ctx, s),
+		lookAtKernelLog(s),
 		lookAtDisk(s),
 		lookAtModels(s),
 		lookAtTrainer(ctx, s),
@@ -68,7 +70,7 @@ func doctor(ctx context.Context, s settings, settingsErr error, w io.Writer) err
 
 func lookAtDevices(ctx context.Context, s settings) finding {
 	f := finding{what: "devices", todo: "install NVIDIA's driver (nvidia-smi must list the GPUs), or set PRETEND_GPUS for development"}
-	devices, err := findDevices(ctx, s)
+	h, err := openDevices(ctx, s)
 	if err != nil {
 		f.err = err
 		if errors.Is(err, nvml.ErrUnavailable) {
@@ -76,8 +78,9 @@ func lookAtDevices(ctx context.Context, s settings) finding {
 		}
 		return f
 	}
+	defer h.close()
 	var names []string
-	for _, d := range devices {
+	for _, d := range h.list {
 		name := fmt.Sprintf("%d: %s (%s, %d GiB)", d.Index, d.Name, d.Class, d.MemoryBytes>>30)
 		if d.Fault != "" {
 			name += " NOT FIT: " + d.Fault
@@ -85,6 +88,42 @@ func lookAtDevices(ctx context.Context, s settings) finding {
 		names = append(names, name)
 	}
 	f.seen = strings.Join(names, ", ")
+	return f
+}
+
+// lookAtDriver says what the installed driver cannot tell.
+func lookAtDriver(s settings) finding {
+	f := finding{what: "driver", seen: "pretended", todo: "a driver of version 550 or newer tells all; with this one these things are not watched"}
+	if s.PretendGPUs > 0 {
+		return f
+	}
+	d, err := nvml.Open(nvml.Options{})
+	if err != nil {
+		f.err, f.todo = err, "install NVIDIA's driver"
+		return f
+	}
+	defer d.Close()
+	version, cuda := d.Versions()
+	f.seen = fmt.Sprintf("%s, CUDA %s", version, cuda)
+	if missing := d.Missing(); len(missing) > 0 {
+		f.err = fmt.Errorf("driver %s does not tell all: its library has no %s", version, strings.Join(missing, ", "))
+	}
+	return f
+}
+
+// lookAtKernelLog says whether a GPU that falls off the bus would be noticed at once.
+func lookAtKernelLog(s settings) finding {
+	f := finding{what: "kernel log", seen: "not watched", todo: "let the agent read it (CAP_SYSLOG, or group adm): the driver's library does not tell of every error"}
+	if s.KernelLog == "" || s.PretendGPUs > 0 {
+		return f
+	}
+	file, err := os.OpenFile(s.KernelLog, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		f.err = err
+		return f
+	}
+	_ = file.Close()
+	f.seen = s.KernelLog + " can be read"
 	return f
 }
 

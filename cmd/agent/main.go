@@ -24,7 +24,6 @@ import (
 	"lorayard/internal/config"
 	"lorayard/internal/daemon"
 	"lorayard/internal/gpu"
-	"lorayard/internal/gpu/nvml"
 	"lorayard/internal/metrics"
 	"lorayard/internal/presence"
 	"lorayard/internal/proc"
@@ -70,6 +69,7 @@ Usage: agent <verb> [flags]
   drain      let the running agent take nothing new, finish or checkpoint --within a time, and leave
   restart    start the running agent anew, as the version on disk; its trainers run on
   status     say what the running agent does
+  gpus       list the GPUs and how they are; --watch goes on
   quarantine list the devices of the running agent; "quarantine lift UUID" lets one be used again
   doctor     look at everything that a run needs and say what to do about problems
   version    print the version
@@ -114,6 +114,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		verb, args = args[0], args[1:]
 	}
 	switch verb {
+	case "gpus":
+		return gpus(ctx, args, environ, stdout)
 	case "quarantine":
 		return quarantine(ctx, args, environ, stdout)
 	case "drain", "restart", "status":
@@ -175,10 +177,12 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
-	devices, err := findDevices(ctx, s)
+	host, err := openDevices(ctx, s)
 	if err != nil {
 		return err
 	}
+	defer host.close()
+	devices := host.list
 	locks, err := gpu.LockDevices(gpu.LockDirs(), devices)
 	if err != nil {
 		return err
@@ -204,7 +208,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
-	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Generation: generation, Hostname: hostname, Version: version, BaseModels: models, Labels: labels, Devices: agent.Offer(devices, nil)}
+	self := store.Agent{ID: s.ID, Boot: uuid.NewString(), Instance: instance, Generation: generation, Hostname: hostname, Version: version, BaseModels: models, Labels: labels, Devices: agent.Offer(devices, host.links)}
 	tr := &trainer.Trainer{Python: s.Python, Dir: s.TrainerDir, Shim: []string{"/proc/self/exe", "shim"}, Backend: s.Backend}
 	if s.Backend == "dry" {
 		tr.Dry = &wire.Dry{Steps: s.DrySteps, StepSeconds: s.DryStepTime.Seconds(), Loss: [2]float64{3.2, 0.4}}
@@ -226,10 +230,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		kernelLog = "" // it has nothing to say of them
 	}
 	streams := &presence.Client{Agent: s.ID, Boot: self.Boot, Version: version, Roots: roots, Log: log}
-	var reading func(*metrics.Device)
-	if s.PretendGPUs > 0 {
-		reading = (&pretended{}).read
-	}
+	reading, poll := host.watch(health, m, log)
 	a := agent.New(agent.Parts{
 		Self: self, Store: st, Ledger: ledger, Health: health, Places: places, Runner: runner, Metrics: m, Log: log,
 		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, OutOfTouch: s.OutOfTouch, HandOver: s.HandOver},
@@ -251,6 +252,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		daemon.Ops(s.OpsAddr, m.Handler(), a.Ready),
 		daemon.Part{Name: "presence", Run: func(ctx context.Context) error { streams.Run(ctx); return nil }},
 		daemon.Part{Name: "devices", Run: func(ctx context.Context) error { health.Run(ctx, kernelLog); return nil }},
+		daemon.Part{Name: "polls", Run: func(ctx context.Context) error { poll(ctx); return nil }},
 		daemon.Part{Name: "control", Run: func(ctx context.Context) error { return a.Control(ctx, s.DataDir) }},
 		daemon.Part{Name: "agent", Run: func(ctx context.Context) error {
 			err := a.Run(ctx)
@@ -347,26 +349,6 @@ func waitForStore(ctx context.Context, s settings, log *slog.Logger) (*store.Sto
 		case <-time.After(2 * time.Second):
 		}
 	}
-}
-
-// findDevices reads the host's devices, or pretends them.
-func findDevices(ctx context.Context, s settings) ([]gpu.Device, error) {
-	if s.PretendGPUs > 0 {
-		return gpu.Pretend(s.PretendGPUs, s.PretendType, s.ID), nil
-	}
-	d, err := nvml.Open()
-	if err != nil {
-		return nil, fmt.Errorf("open the GPU driver: %w (set PRETEND_GPUS=1 to train on the CPU, for development)", err)
-	}
-	defer d.Close()
-	devices, err := d.Devices(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("read the GPUs: %w", err)
-	}
-	if len(devices) == 0 {
-		return nil, errors.New("this host has no GPU that the driver knows; run `agent doctor`")
-	}
-	return devices, nil
 }
 
 // modelsIn lists the base models in dir by name: <model> or <owner>/<model>.

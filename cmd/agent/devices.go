@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"time"
+
+	"lorayard/internal/gpu"
+	"lorayard/internal/gpu/nvml"
+	"lorayard/internal/metrics"
+)
+
+// host is the devices that an agent has, and the driver that reads them.
+type host struct {
+	list   []gpu.Device
+	links  [][]int      // see gpu.Links; nil: not known
+	driver *nvml.Driver // nil: they are pretended
+}
+
+// openDevices reads the host's devices, or pretends them.
+func openDevices(ctx context.Context, s settings) (*host, error) {
+	if s.PretendGPUs > 0 {
+		return &host{list: gpu.Pretend(s.PretendGPUs, s.PretendType, s.ID)}, nil
+	}
+	d, err := nvml.Open(nvml.Options{})
+	if err != nil {
+		return nil, fmt.Errorf("open the GPU driver: %w (set PRETEND_GPUS=1 to train on the CPU, for development)", err)
+	}
+	h := &host{driver: d}
+	if h.list, err = d.Devices(ctx); err == nil && len(h.list) == 0 {
+		err = errors.New("this host has no GPU that the driver knows; run `agent doctor`")
+	}
+	if err == nil {
+		h.links, err = d.Links(ctx)
+	}
+	if err != nil {
+		d.Close()
+		return nil, fmt.Errorf("read the GPUs: %w", err)
+	}
+	return h, nil
+}
+
+func (h *host) close() {
+	if h.driver != nil {
+		h.driver.Close()
+	}
+}
+
+// watch gives what fills in a device's readings at a scrape, and what takes them
+// until its context ends.
+func (h *host) watch(health *gpu.Health, m *metrics.Agent, log *slog.Logger) (read func(*metrics.Device), poll func(context.Context)) {
+	if h.driver == nil {
+		return (&pretended{}).read, func(ctx context.Context) { <-ctx.Done() }
+	}
+	p := &gpu.Poller{Source: h.driver, Health: health, Log: log, Polled: func(t gpu.Tier, took time.Duration, err error) {
+		tier := string(t)
+		m.PollSeconds.WithLabelValues(tier).Observe(took.Seconds())
+		if err == nil {
+			m.PollLast.WithLabelValues(tier).SetToCurrentTime()
+		} else {
+			m.PollFailures.WithLabelValues(tier).Inc()
+		}
+		m.Wedged.Set(0)
+		if errors.Is(err, gpu.ErrWedged) {
+			m.Wedged.Set(1)
+		}
+	}}
+	fill := func(d *metrics.Device) {
+		v := health.Verdict(d.UUID)
+		d.Health = string(v.State)
+		s := p.Snapshot()
+		if s == nil {
+			return
+		}
+		for i := range s.Devices {
+			if s.Devices[i].UUID == d.UUID {
+				show(d, s.Devices[i], h.list[i], v.State == gpu.StateForeign)
+				d.Driver, d.CUDA = s.Driver, s.CUDA
+			}
+		}
+	}
+	return fill, func(ctx context.Context) { p.Run(ctx, h.list) }
+}
+
+// show puts what was read of a device into its metrics.
+func show(d *metrics.Device, r gpu.Reading, is gpu.Device, foreign bool) {
+	d.PCI, d.NUMA = is.Bus, is.Node
+	d.Utilization, d.MemoryTotal, d.MemoryUsed, d.MemoryReserved = r.Utilization, r.MemoryTotal, r.MemoryUsed, r.MemoryReserved
+	d.Power, d.PowerLimit, d.Energy = r.Power, r.PowerLimit, r.Energy
+	d.Temperature, d.MemoryTemperature, d.TemperatureMargin = r.Temperature, r.MemoryTemperature, r.TemperatureMargin
+	d.ClockSM, d.ClockMem, d.RecoveryAction = r.ClockSM, r.ClockMem, r.Recovery
+	d.ECCCorrected, d.ECCUncorrected = r.ECCCorrected, r.ECCUncorrected
+	d.RemapPending, d.RemapFailed, d.RemapsCorrected, d.RemapsUncorrected = r.RemapPending, r.RemapFailed, r.RemapsCorrected, r.RemapsUncorrected
+	d.PCIeReplays, d.PCIeWidth, d.NVLinksUp, d.NVLinksN = r.PCIeReplays, r.PCIeWidth, r.NVLinksUp, r.NVLinks
+	d.MemoryForeign = 0
+	if foreign {
+		d.MemoryForeign = r.MemoryUsed
+	}
+	d.Throttled, d.NVLinkErrors = map[string]float64{}, map[string]float64{}
+	for i, reason := range gpu.Throttles {
+		d.Throttled[reason] = r.Throttled[i]
+	}
+	for i, kind := range gpu.NVLinkErrorKinds {
+		if !math.IsNaN(r.NVLinks) && r.NVLinks > 0 {
+			d.NVLinkErrors[kind] = r.NVLinkErrors[i]
+		}
+	}
+}

@@ -12,7 +12,6 @@ import (
 	"lorayard/internal/gpu"
 	"lorayard/internal/job"
 	"lorayard/internal/store"
-	"lorayard/internal/trainer"
 )
 
 // Offer is what a dispatcher is told of devices. links, where they are known,
@@ -141,12 +140,12 @@ func (a *Agent) breakLost(as job.Assignment, live *attempt.Live) {
 
 // near is where an attempt on these devices runs best, and its share of the
 // processors there.
-func (a *Agent) near(uuids []string) trainer.Near {
+func (a *Agent) near(uuids []string) attempt.Near {
 	if a.Places == nil {
-		return trainer.Near{}
+		return attempt.Near{}
 	}
 	p := a.Places.Near(uuids)
-	return trainer.Near{CPUs: p.CPUs, Memory: p.Memory, Threads: p.Threads}
+	return attempt.Near{CPUs: p.CPUs, Memory: p.Memory, Threads: p.Threads}
 }
 
 // DeviceStatus is how one device stands.

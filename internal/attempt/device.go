@@ -40,8 +40,11 @@ type Devices struct {
 	// Doubt hears that the trainer blamed its devices.
 	Doubt func(why string)
 	// Near is where their memory and processors are.
-	Near trainer.Near
+	Near Near
 }
+
+// Near is where a trainer runs best.
+type Near = trainer.Near
 
 // Break ends the attempt because a device of it is lost: a trainer is killed
 // now, before anything else is done; a preparation is called off. What has been

@@ -128,17 +128,59 @@ func (x *run) faultBehind(ctx context.Context, kind job.Kind) *DeviceFault {
 // to a driver that does not answer it cannot, for hours or for ever.
 const killLimit = 20 * time.Second
 
+// followed is a trainer as attend needs it; *trainer.Run is one, a test brings
+// another that cannot be killed.
+type followed interface {
+	Events() <-chan trainer.Event
+	Wait() error
+	PID() int
+}
+
+// attend hears a trainer to its end and returns how it failed. One that Break
+// killed and that does not die is given up after killLimit.
+func (x *run) attend(child followed, each func(trainer.Event)) error {
+	broken := x.live.Broken()
+	var hopeless <-chan time.Time
+	events, waited := child.Events(), make(chan error, 1)
+	for {
+		select {
+		case e, more := <-events:
+			if more {
+				each(e)
+				continue
+			}
+			events = nil
+			go func() { waited <- child.Wait() }()
+		case failure := <-waited:
+			if f := x.live.Fault(); f != nil && failure != nil {
+				x.Metrics.KillSeconds.Observe(time.Since(f.told).Seconds())
+			}
+			return failure
+		case <-broken:
+			broken, hopeless = nil, time.After(killLimit)
+		case <-hopeless:
+			x.abandon(child, events, waited)
+			return x.live.Fault().failure()
+		}
+	}
+}
+
 // abandon gives up a trainer that cannot be killed: the job goes elsewhere, the
 // devices stay taken until it is gone. It can do no harm: what it would write is
-// refused, and its files are of this attempt alone.
-func (x *run) abandon(child *trainer.Run, waited <-chan error) {
+// refused, and its files are of this attempt alone. events is nil when they have
+// ended, and waited is to be told then.
+func (x *run) abandon(child followed, events <-chan trainer.Event, waited <-chan error) {
 	x.log.Error("the trainer on a broken device cannot be killed; its devices stay taken until it is gone, the host may have to be restarted", "pid", child.PID())
 	free := x.live.Free
 	x.live.Free = nil
 	go func() { // nobody can wait for it, that is the point
-		for range child.Events() {
+		if events != nil {
+			for range events {
+			}
+			_ = child.Wait()
+		} else {
+			<-waited
 		}
-		<-waited
 		if free != nil {
 			free()
 		}

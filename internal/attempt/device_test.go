@@ -3,10 +3,14 @@ package attempt
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"lorayard/internal/job"
+	"lorayard/internal/metrics"
+	"lorayard/internal/trainer"
 )
 
 // deaths counts what a trainer was told.
@@ -73,5 +77,49 @@ func TestABrokenDeviceIsInfrastructures(t *testing.T) {
 	}
 	if e := x.end(nil, &job.Failure{Kind: job.GPUFault, Err: errors.New("CUDA error")}); e.Delay == 0 {
 		t.Error("a device that nobody else complains of is tried again at once")
+	}
+}
+
+// undead is a trainer that does not die of SIGKILL.
+type undead struct {
+	events chan trainer.Event
+	gone   chan struct{}
+}
+
+func (u *undead) Events() <-chan trainer.Event { return u.events }
+func (u *undead) Wait() error                  { <-u.gone; return errors.New("it ended at last") }
+func (u *undead) PID() int                     { return 1 }
+
+func TestATrainerThatCannotBeKilledKeepsItsDevicesAndNotItsJob(t *testing.T) {
+	for _, deaf := range []bool{true, false} { // in the driver before its pipes were closed, or after
+		synctest.Test(t, func(t *testing.T) {
+			freed := false
+			x := &run{Runner: &Runner{Metrics: metrics.NewAgent("test")}, live: &Live{Free: func() { freed = true }}, log: slog.New(slog.DiscardHandler)}
+			u := &undead{events: make(chan trainer.Event), gone: make(chan struct{})}
+			go func() {
+				u.events <- trainer.Event{}
+				time.Sleep(time.Hour)
+				x.live.Break(fellOff)
+				if !deaf {
+					close(u.events)
+				}
+			}()
+			began, n := time.Now(), 0
+			err := x.attend(u, func(trainer.Event) { n++ })
+			if took := time.Since(began); job.KindOf(err) != job.GPUFault || took != time.Hour+killLimit || n != 1 {
+				t.Errorf("given up after %v with %v, %d events", took, err, n)
+			}
+			if x.live.free(); freed {
+				t.Error("its devices are free")
+			}
+			if deaf {
+				close(u.events)
+			}
+			close(u.gone)
+			synctest.Wait()
+			if !freed {
+				t.Error("its devices are taken for ever")
+			}
+		})
 	}
 }

@@ -85,44 +85,18 @@ func (x *run) follow(ctx context.Context, child *trainer.Run) (*wire.Event, erro
 	defer stopUploads()
 	uploader := errgroup.Group{}
 	uploader.Go(func() error { return x.uploadCheckpoints(uploads, saved) })
-	// A trainer on a broken device was killed by Break; it may be beyond that.
-	broken := x.live.Broken()
-	var hopeless <-chan time.Time
-	events, waited := child.Events(), make(chan error, 1)
-	var failure error
-	for over := false; !over; {
-		select {
-		case e, more := <-events:
-			if !more {
-				events = nil
-				go func() { waited <- child.Wait() }()
-				continue
-			}
-			x.hear(e, saved)
-			x.heard = max(x.heard, e.Seq)
-			if e.Ev == "result" {
-				result = &e.Event
-			}
-			if e.Ev == "plan" && large == nil {
-				if large = tooLarge(e.TrainableParameters, x.takes); large != nil {
-					child.Kill()
-				}
-			}
-		case failure = <-waited:
-			over = true
-		case <-broken:
-			broken, hopeless = nil, time.After(killLimit)
-		case <-hopeless:
-			if events != nil {
-				go func() { waited <- child.Wait() }()
-			}
-			x.abandon(child, waited)
-			failure, over = x.live.Fault().failure(), true
+	failure := x.attend(child, func(e trainer.Event) {
+		x.hear(e, saved)
+		x.heard = max(x.heard, e.Seq)
+		if e.Ev == "result" {
+			result = &e.Event
 		}
-	}
-	if f := x.live.Fault(); f != nil && broken == nil { // Break killed it
-		x.Metrics.KillSeconds.Observe(time.Since(f.told).Seconds())
-	}
+		if e.Ev == "plan" && large == nil {
+			if large = tooLarge(e.TrainableParameters, x.takes); large != nil {
+				child.Kill()
+			}
+		}
+	})
 	close(ended)
 	_ = g.Wait()
 	s := stopped(ctx)

@@ -130,6 +130,7 @@ func admitWard(t *testing.T, dir string, left ...attempt.Left) *ward {
 		Config:   agent.Config{Lease: 5 * time.Second, Renew: time.Second, OutOfTouch: time.Hour},
 		NewNonce: func() string { return "n" }, Clock: func() time.Duration { return 0 },
 	})
+	w.Metrics.ReadDevices(w.Readings) // as the agent's main does: what a change makes due reads all of them
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.Agent.Run(ctx) }()

@@ -93,8 +93,8 @@ func OpenHealth(c HealthConfig) (*Health, error) {
 }
 
 // Listen has lost called first of all when whatever runs on a device is lost,
-// changed for every change of a verdict, and counted for every new fault. None
-// of them may wait; the first two may not ask back, the ledger excepted.
+// changed for every change of a verdict, and counted for every new fault. lost
+// is called while nobody else is heard: it may not wait, and ask nothing back.
 func (h *Health) Listen(lost func(Verdict), changed func(Change), counted func(Fault, XID)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -135,7 +135,18 @@ func (h *Health) do(ask func(*Judge, time.Time)) {
 	}
 }
 
-func (h *Health) decide(ask func(*Judge, time.Time)) (changed bool) {
+// decide is do without the writing; it reports whether anything changed.
+func (h *Health) decide(ask func(*Judge, time.Time)) bool {
+	changes, changed := h.carryOut(ask)
+	if changed != nil {
+		for _, c := range changes {
+			changed(c)
+		}
+	}
+	return len(changes) > 0
+}
+
+func (h *Health) carryOut(ask func(*Judge, time.Time)) ([]Change, func(Change)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	ask(h.judge, h.Now())
@@ -155,11 +166,8 @@ func (h *Health) decide(ask func(*Judge, time.Time)) (changed bool) {
 		default:
 			h.Log.Warn("device is looked at", "device", c.UUID, "state", c.State, "xid", c.XID, "err", c.Reason)
 		}
-		if h.changed != nil {
-			h.changed(c)
-		}
 	}
-	return len(changes) > 0
+	return changes, h.changed
 }
 
 // offer lends a device or does not, as its verdict is.

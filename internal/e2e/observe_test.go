@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"context"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -42,7 +43,10 @@ func observe(t *testing.T) *observed {
 		Agents: 3, GPUs: 2, Steps: 40, StepTime: 100 * time.Millisecond, Data: data, Prometheus: dir, Rules: rules, Scrape: 500 * time.Millisecond,
 	})
 	s.must(err)
-	return &observed{s, f}
+	o := &observed{s, f}
+	// A rate does not see what happened before the first scrape.
+	o.ask("every process is scraped", `sum(up)`, above(4))
+	return o
 }
 
 // ask waits until an expression has a series whose value is wanted.
@@ -73,28 +77,22 @@ func above(n float64) func(devstack.Point) bool {
 
 // silent are the panels that show nothing on a small healthy fleet, and why.
 var silent = map[string]string{
-	"Memory errors":                          "no device has any",
-	"Faults that the driver reported":        "no fault was planted",
-	"Taken out and brought back":             "no fault was planted",
-	"Sanity checks":                          "devices that do not exist are not checked",
-	"Polling the driver":                     "no driver is polled",
-	"Recovery within two minutes, 24 h":      "nothing had to recover",
-	"From a fault to the next attempt":       "nothing had to recover",
-	"From a fault to the end of the trainer": "no fault was planted",
-	"Failed and lost attempts by kind":       "none failed",
-	"Failed rounds":                          "none failed",
-	"Waiting jobs by reason":                 "nothing waits any more",
-	"Age of the oldest":                      "nothing waits any more",
-	"The queue":                              "nothing waits any more",
-	"Hosts and their faults":                 "none has any",
-	"Not billed, by reason":                  "all was billed",
+	"Memory errors":          "no device has any",
+	"Sanity checks":          "devices that do not exist are not checked",
+	"Polling the driver":     "no driver is polled",
+	"Failed rounds":          "none failed",
+	"Waiting jobs by reason": "nothing waits any more",
+	"Age of the oldest":      "nothing waits any more",
+	"The queue":              "nothing waits any more",
 }
 
 var filter = regexp.MustCompile(`\$__timeFilter\((\w+(?:\.\w+)?)\)`)
 
-// Every panel of every board gives data on a fleet that runs jobs, or it is
+// A device breaks under a job: metrics, an alert, the job's log and the attempt's
+// message tell of it, the job is finished elsewhere, and nobody pays for what
+// was lost. Of all that, every panel of every board shows something, or it is
 // known why not.
-func TestEveryPanelHasDataOfALivingFleet(t *testing.T) {
+func TestALivingFleetIsSeen(t *testing.T) {
 	t.Parallel()
 	o := observe(t)
 	var ids []string
@@ -103,6 +101,13 @@ func TestEveryPanelHasDataOfALivingFleet(t *testing.T) {
 		o.must(err)
 		ids = append(ids, id)
 	}
+	o.until("a training", `SELECT count(*) > 0 FROM training_jobs WHERE status = 'running' AND current_step > 2`)
+	x, err := o.fleet.Plant(t.Context(), 79)
+	o.must(err)
+	if x == nil {
+		t.Fatal("nothing trains")
+	}
+	o.seen(x)
 	o.ask("a completed job", `sum(lorayard_jobs_settled_total{status="completed"})`, above(1))
 	o.ask("time of devices", `sum(rate(lorayard_fleet_gpu_seconds_total[5m]))`, above(0))
 	o.ask("rates", `sum(rate(lorayard_agent_gpu_seconds_total{use="useful"}[5m]))`, above(0))
@@ -136,6 +141,31 @@ func TestEveryPanelHasDataOfALivingFleet(t *testing.T) {
 	}
 }
 
+// seen holds that a planted fault is seen wherever somebody may look.
+func (o *observed) seen(x *devstack.Fault) {
+	o.t.Helper()
+	at := fmt.Sprintf(`{gpu_uuid=%q}`, x.Device)
+	o.ask("the fault in a metric", `lorayard_gpu_xid_errors_total{xid="79", gpu_uuid="`+x.Device+`"}`, above(0))
+	o.ask("the device's health", `lorayard_gpu_health{state="missing", gpu_uuid="`+x.Device+`"}`, above(0))
+	o.ask("the alert", `ALERTS{alertname="GPUFatalXid", alertstate="firing", gpu_uuid="`+x.Device+`"}`, above(0))
+	o.ask("it was taken out of use", `sum(lorayard_gpu_quarantines_total`+at+`)`, above(0))
+	o.ask("the failed attempt", `sum(lorayard_job_attempts_total{outcome="failed", kind="gpu_fault"})`, above(0))
+	o.ask("the end of the trainer", `sum(lorayard_gpu_fault_kill_seconds_count)`, above(0))
+	o.until("the end of the job", `SELECT status = 'completed' FROM training_jobs WHERE id = $1`, x.Job)
+	if got := o.text(`SELECT kind || ': ' || message FROM lorayard.attempts WHERE job_id = $1 AND attempt = $2`, x.Job, x.Attempt); !strings.HasPrefix(got, "gpu_fault: GPU ") || !strings.Contains(got, "XID 79") {
+		o.t.Errorf("the attempt says: %s", got)
+	}
+	if got := o.text(`SELECT count(*) FROM lorayard_views.logs WHERE job = $1 AND code = 'device_fault' AND message LIKE '%XID 79%'`, x.Job); got != "1" {
+		o.t.Errorf("%s lines of the job's log tell of it", got)
+	}
+	if o.text(`SELECT bool_or(devices && ARRAY[$3]) FROM lorayard.attempts WHERE job_id = $1 AND attempt > $2`, x.Job, x.Attempt, x.Device) != "f" {
+		o.t.Error("the device was used again")
+	}
+	if o.text(`SELECT bool_or(billable) FROM lorayard_views.usage WHERE job = $1 AND attempt = $2`, x.Job, x.Attempt) != "f" {
+		o.t.Error("the lost attempt is billed")
+	}
+}
+
 // panel counts what a query gives: over the time that the fleet has lived.
 func (o *observed) panel(b boards.Board, p boards.Panel, a boards.Ask, job string) int {
 	if a.SQL != "" {
@@ -165,5 +195,11 @@ func (o *observed) panel(b boards.Board, p boards.Panel, a boards.Ask, job strin
 	if err != nil {
 		o.t.Errorf("%s / %s: %v", b.UID, p.Title, err)
 	}
-	return len(ps)
+	n := 0
+	for _, p := range ps {
+		if !math.IsNaN(p.Value) { // a quantile of nothing
+			n++
+		}
+	}
+	return n
 }

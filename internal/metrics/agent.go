@@ -88,6 +88,9 @@ func NewAgent(version string) *Agent {
 	m := &Agent{set: s}
 	m.Accepts = s.counterVec("lorayard_agent_accepts_total", "Tasks received, by what came of them.", label("result", "accepted", "stale", "refused", "error"))
 	m.Attempts = s.counterVec("lorayard_agent_attempts_total", "Attempts ended, by outcome and kind of failure.", label("outcome", outcomes...), label("kind", failureKinds...))
+	for _, end := range [][2]string{{"completed", ""}, {"cancelled", "cancelled"}, {"handed_back", "preempted"}, {"failed", "gpu_fault"}, {"lost", "lease_lost"}} {
+		m.Attempts.WithLabelValues(end[0], end[1]) // a rate must see the first of those that are usual
+	}
 	m.Running = s.gauge("lorayard_agent_running_attempts", "Attempts under way on this host.")
 	m.Devices = s.gaugeVec("lorayard_agent_devices", "Devices of this host, by state.", label("state", "free", "reserved", "unfit"))
 	m.StageSeconds = s.histogramVec("lorayard_agent_stage_seconds", "Time that attempts spent in a stage.", stages, label("stage", attemptStage...))
@@ -129,7 +132,7 @@ func newGPU(s *set) (m GPU) {
 	m.XIDLast = s.gaugeVec("lorayard_gpu_xid_last_timestamp_seconds", "When the device last reported this fault. An alert sees the first one, which a rate does not.",
 		gpuUUID, label("xid"), label("class", xidClasses...))
 	m.Quarantines = s.counterVec("lorayard_gpu_quarantines_total", "How often the device was taken out of use, by reason.", gpuUUID,
-		label("reason", "xid", "lost", "ecc", "row_remap", "recovery_action", "thermal", "sanity", "wedged", "suspect_repeated", "operator"))
+		label("reason", "xid", "lost", "ecc", "row_remap", "recovery_action", "sanity", "suspect_repeated"))
 	m.Returns = s.counterVec("lorayard_gpu_returns_total", "How often the device came back into use.", gpuUUID)
 	m.KillSeconds = s.histogram("lorayard_gpu_fault_kill_seconds", "From a fault that ends an attempt to the end of its process group.", kills)
 	m.PollSeconds = s.histogramVec("lorayard_gpu_poll_seconds", "Time that one poll of all devices took.", polls, label("tier", tiers...))
@@ -137,7 +140,7 @@ func newGPU(s *set) (m GPU) {
 	m.PollLast = s.gaugeVec("lorayard_gpu_poll_last_success_timestamp_seconds", "When a poll last gave all readings.", label("tier", tiers...))
 	m.Wedged = s.gauge("lorayard_gpu_driver_wedged", "1 while a call of the driver does not come back.")
 	m.Reopened = s.counter("lorayard_gpu_driver_reopened_total", "How often the driver was opened anew, after a reload or a lost device.")
-	m.SanityRuns = s.counterVec("lorayard_gpu_sanity_runs_total", "Sanity checks before training, by result.", label("result", "ok", "failed", "skipped"))
+	m.SanityRuns = s.counterVec("lorayard_gpu_sanity_runs_total", "Sanity checks before training, by result.", label("result", "ok", "failed"))
 	m.SanityFailures = s.counterVec("lorayard_gpu_sanity_failures_total", "Sanity checks that the device did not pass, by check.", gpuUUID, label("check", "product", "repeat", "copy", "speed"))
 	m.SanityFlops = s.gaugeVec("lorayard_gpu_sanity_flops", "Floating-point operations a second at the last sanity check.", gpuUUID)
 	m.SanityCopy = s.gaugeVec("lorayard_gpu_sanity_copy_bytes_per_second", "Bytes a second copied on the device at the last sanity check.", gpuUUID)

@@ -45,9 +45,6 @@ func full(devices int) *Agent {
 	}
 	m.ReadDevices(func() []Device { return ds })
 	m.ReadJobs(func() []Job { return js })
-	for _, outcome := range []string{"completed", "cancelled", "handed_back"} {
-		m.Attempts.WithLabelValues(outcome, "").Inc()
-	}
 	for _, kind := range []string{"gpu_fault", "out_of_memory", "trainer_crashed", "hang"} {
 		m.Attempts.WithLabelValues("failed", kind).Inc()
 	}

@@ -55,8 +55,10 @@ const (
 
 // Run watches until ctx ends.
 func (w *Watch) Run(ctx context.Context) error {
-	t := time.NewTicker(every)
+	// Often, so that who begins to lead begins to count.
+	t := time.NewTicker(every / 10)
 	defer t.Stop()
+	var looked time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -65,8 +67,13 @@ func (w *Watch) Run(ctx context.Context) error {
 		}
 		if !w.Leads() {
 			w.Stand()
+			looked = time.Time{}
 			continue
 		}
+		if time.Since(looked) < every {
+			continue
+		}
+		looked = time.Now()
 		err := w.Look(ctx)
 		switch {
 		case ctx.Err() != nil:

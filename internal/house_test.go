@@ -66,7 +66,7 @@ var owner = map[string]string{
 	"github.com/golang-jwt/jwt":                "auth storage/local devstack",
 	"github.com/MicahParks":                    "auth",
 	"github.com/go-json-experiment/json":       "dataset",
-	"os/exec":                                  "proc devstack devstack/services cmd/devstack cmd/bench",
+	"os/exec":                                  "proc devstack devstack/services cmd/devstack cmd/bench gpu/fakenvml",
 }
 
 type pkg struct {

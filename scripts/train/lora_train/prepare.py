@@ -40,6 +40,7 @@ class Prepared:
     shortened: list[int] = field(default_factory=list)  # lines, as are those below
     dropped: list[int] = field(default_factory=list)
     apart: list[int] = field(default_factory=list)
+    loses: str = "their oldest exchanges"
     tokens_apart: int = 0  # of the training examples, each by itself
     notices: list[Notice] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
@@ -63,15 +64,24 @@ def prepare(
 ) -> Prepared:
     """Render, shorten, leave out, split and merge; Failure when too much is left out."""
     out = Prepared([], [], longest)
-    rendered = dict[int, render.Sequence]()
+    rendered, empty = dict[int, render.Sequence](), list[int]()
     for line, s in _rendered(plan, out, examples, renderer, check).items():
-        if s is None or s.loss_tokens == 0 or (s.shortened and plan.data.too_long == "drop"):
+        if s is not None and s.loss_tokens == 0:
+            empty.append(line)
+            continue
+        if s is None or (s.shortened and plan.data.too_long == "drop"):
             out.dropped.append(line)
             continue
         if s.shortened:
             out.shortened.append(line)
         rendered[line] = s
+    if examples[0].messages[0].role == "text":
+        out.loses = "their end"
     _judge(plan, out, len(examples))
+    if empty:
+        said = f"{len(empty)} of {len(examples)} examples have no token to learn and are left out"
+        out.say("warn", f"{said} ({_lines(empty)})", "dropped")
+        out.dropped += empty
     _tell(out, renderer, examples)
     # Split before anything is left out, as the validation of data sets counts.
     sides = data.split(list(examples), plan.validation_fraction, plan.hyperparameters.seed)
@@ -165,7 +175,7 @@ def _judge(plan: Plan, out: Prepared, total: int) -> None:
     if plan.data.too_long == "error" and long:
         raise Failure("dataset_invalid", f"{len(long)} {limit} ({_lines(long)})", hint)
     if out.shortened:
-        said = f"{len(out.shortened)} {limit} and lose their oldest exchanges"
+        said = f"{len(out.shortened)} {limit} and lose {out.loses}"
         out.say("warn", f"{said} ({_lines(out.shortened)})", "shortened")
     if out.dropped:
         said = f"{len(out.dropped)} {limit}"

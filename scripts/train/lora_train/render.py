@@ -139,8 +139,7 @@ class Renderer:
             if span is None:
                 break
             # A token that begins before the answer belongs to it if only by a space.
-            begins = start >= span[0] or not text[start : span[0]].strip()
-            trained[n] = begins and end > span[0] and end > start
+            trained[n] = span[0] < end > start and not text[start : span[0]].strip()
         return tokens, trained
 
     def _document(self, example: Example, longest: int) -> Sequence:

@@ -126,8 +126,8 @@ def card(plan: Plan, outcome: Mapping[str, Any], ready: Prepared) -> str:
         f"| weights | {_weights(outcome)} |",
         f"| examples | {outcome['examples']} for training, "
         f"{outcome['validation_examples']} for validation |",
-        f"| longer than {ready.longest} tokens | {len(ready.shortened)} without their oldest "
-        f"exchanges, {len(ready.dropped)} left out |",
+        f"| longer than {ready.longest} tokens | {len(ready.shortened)} lost {ready.loses}, "
+        f"{len(ready.dropped)} are left out |",
         f"| data | sha256 {plan.data.sha256} |",
         f"| training loss | {_said(outcome['training_loss'])} |",
         f"| validation loss | {_said(outcome['validation_loss'])}, "

@@ -183,6 +183,23 @@ def test_too_long_is_never_silent(renderer: render.Renderer) -> None:
     assert prepared(renderer, examples, too_long="error").notices[0].level != "warn"
 
 
+def test_documents_lose_their_end(renderer: render.Renderer) -> None:
+    texts = ["Once upon a time there was a bike.", "a", ""]
+    documents = [
+        data.Example(n, f"{n}", (data.Message("text", t, trained=True),))
+        for n, t in enumerate(texts, 1)
+    ]
+    renderer.tokenizer.eos_token, eos = None, renderer.tokenizer.eos_token
+    try:
+        ready = prepared(renderer, documents, longest=4)
+    finally:
+        renderer.tokenizer.eos_token = eos
+    assert ready.shortened == [1] and ready.dropped == [3]
+    said = [n.message for n in ready.notices if n.level == "warn"]
+    assert "1 of 3 examples are longer than 4 tokens and lose their end (lines 1)" in said[0]
+    assert "1 of 3 examples have no token to learn and are left out (lines 3)" in said[1]
+
+
 def test_the_policy_is_one_of_three() -> None:
     raw = make_plan(Path("/run"), DEMO, Path("/model"))
     raw["data"]["too_long"] = "shrug"

@@ -81,6 +81,10 @@ bench: setup build ## print the benchmark tables, about 8 minutes (BENCH="--only
 microbench: ## run the Go benchmarks of single rooms
 	@go test -run '^$$' -bench . -benchmem ./...
 
+.PHONY: trainbench
+trainbench: setup ## the trainer beside transformers.Trainer on the CPU (BENCH="--rounds 5 --json file")
+	@cd $(TRAIN) && $(PYTHON) -m bench.cpu $(BENCH)
+
 .PHONY: clean
 clean: ## remove what was built and what the demo wrote
 	@rm -rf bin .data

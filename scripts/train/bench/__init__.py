@@ -1,0 +1,1 @@
+"""Measurements of the trainer; none of this is shipped."""

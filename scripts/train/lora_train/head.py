@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 1 << 29  # of float32 logits that stand at one time
-ROWS = (256, 4096)  # at least and at most: fewer leave a GPU idle
+CHUNK_BYTES = 1 << 28  # of float32 logits that stand at one time
+# At least and at most: fewer leave a GPU idle, and more than the smaller probe of the memory has
+# tokens would be taken there for memory that every token needs.
+ROWS = (512, 1024)
 # Models whose logits are the head's output, scaled and capped as their configuration says.
 PLAIN = (
     "LlamaForCausalLM",

@@ -17,7 +17,7 @@ import torch
 from lora_train import render
 from lora_train.failure import is_out_of_memory
 
-HIGH = 2048  # tokens of the larger probe
+HIGH = 4096  # tokens of the larger probe; the smaller one has a quarter
 LEAST = 64  # tokens: below that a line cannot be told from noise
 RESERVE = 0.06  # of the device: fragments, and kernels' work space
 MOST = 1 << 16  # tokens in a micro-batch: more only makes steps uneven
@@ -133,12 +133,12 @@ class Probe:
     def _need(self, most: int, recomputed: bool) -> Need | None:
         """The line of two probes; None when not even small ones fit."""
         high = max(LEAST, min(HIGH, most))
-        points: list[tuple[int, int]] = []
         while high >= LEAST // 4:
             low = high // 4
-            points = [(n, taken) for n in (low, high) if (taken := self._taken(n, recomputed))]
-            if len(points) == 2:
-                return line(*points)
+            taken = self._taken(low, recomputed)
+            more = None if taken is None else self._taken(high, recomputed)
+            if taken is not None and more is not None:
+                return line((low, taken), (high, more))
             high = low
         return None
 

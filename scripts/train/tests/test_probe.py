@@ -52,7 +52,7 @@ def plan_on(
 def test_the_budget_follows_from_two_probes() -> None:
     device = Device(1000 * MIB, MIB // 10, MIB // 100, fixed=40 * MIB)
     planned = plan_on(device, missing=100 * MIB)
-    assert device.asked == [(512, False), (2048, False)]
+    assert device.asked == [(1024, False), (4096, False)]
     assert planned.fits and not planned.recompute
     # 6 % stay free, and what the training will take later is set aside.
     assert planned.budget == pytest.approx((940 - 100 - 40) * 10, rel=1e-3)
@@ -68,7 +68,7 @@ def test_recomputation_is_chosen_when_the_longest_does_not_fit_without() -> None
     assert planned.recompute and planned.fits
     assert planned.budget == pytest.approx(188 * 50, rel=1e-3)
     # Probes that run out of memory become smaller before recomputation is tried.
-    assert [n for n, again in device.asked if not again] == [512, 2048, 128, 512]
+    assert [n for n, again in device.asked if not again] == [1024, 4096, 256, 1024]
     hopeless = plan_on(Device(20 * MIB, MIB // 10, MIB // 100), longest=3000)
     assert hopeless.recompute and not hopeless.fits and hopeless.budget == 3000
     cannot = plan_on(Device(200 * MIB, MIB // 10, 1), can=False)

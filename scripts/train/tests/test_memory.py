@@ -47,10 +47,14 @@ def fail_once(right: Callable[..., None], at: int) -> Callable[..., None]:
 def test_the_ladder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = play(make_plan(tmp_path / "whole", DEMO, model, hyper=HYPER))
     longest = max(e["tokens"] for e in whole.of("sample"))
-    limit_tokens(monkeypatch, longest // 2 + 100, 0, evaluating=longest // 2 + 100)
     with monkeypatch.context() as m:
         m.setattr(optimizer.Optimizer, "step", fail_once(optimizer.Optimizer.step, 3))
-        halved = play(make_plan(tmp_path / "halved", DEMO, model, hyper=HYPER))
+        update = play(make_plan(tmp_path / "update", DEMO, model, hyper=HYPER))
+    assert update.code == 0 and len(update.logs("oom_budget")) == 1
+    assert update.losses() == pytest.approx(whole.losses(), rel=1e-6)
+
+    limit_tokens(monkeypatch, longest // 2 + 100, 0, evaluating=longest // 2 + 100)
+    halved = play(make_plan(tmp_path / "halved", DEMO, model, hyper=HYPER))
     assert halved.code == 0
     assert [e["validation_loss"] for e in halved.of("eval")] == pytest.approx(
         [e["validation_loss"] for e in whole.of("eval")], rel=1e-6

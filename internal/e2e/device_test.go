@@ -75,6 +75,17 @@ func TestAJobLeavesABrokenDevice(t *testing.T) {
 		}
 	}
 	quarantined("at first")
+	seen, err := one.Metrics()
+	f.must(err)
+	for _, want := range []string{
+		`lorayard_gpu_xid_errors_total{class="reboot",gpu_uuid="` + uuid + `",source="kernel_log",xid="79"} 1`,
+		`lorayard_gpu_quarantines_total{gpu_uuid="` + uuid + `",reason="xid"} 1`,
+		"lorayard_gpu_fault_kill_seconds_count 1",
+	} {
+		if !strings.Contains(seen, want) {
+			t.Errorf("no metric says %s", want)
+		}
+	}
 	one.Kill()
 	f.agent("host-1", setting)
 	quarantined("after a kill")

@@ -113,6 +113,7 @@ func (a *Agent) join(as job.Assignment, live *attempt.Live) {
 		}
 	}
 	live.Devices.Doubt = func(why string) { a.Health.Doubt(as.Devices, string(as.Ref.Job), why) }
+	live.Devices.Program = func() string { return a.Health.Program(as.Devices, string(as.Ref.Job)) }
 	free := live.Free
 	live.Free = func() {
 		a.Health.Returned(as.Devices)

@@ -176,7 +176,7 @@ func (x *run) carry(ctx context.Context, work func(context.Context) (*job.Result
 	if errors.Is(err, ErrHandOver) {
 		return ErrHandOver
 	}
-	x.tellFault(err)
+	err = x.blame(err)
 	x.live.free()
 	x.freed = time.Now()
 	x.close(err == nil)

@@ -2,6 +2,7 @@ package attempt
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -39,6 +40,9 @@ type Devices struct {
 	Checked func(place int, wrong string)
 	// Doubt hears that the trainer blamed its devices.
 	Doubt func(why string)
+	// Program says which error of its own program, by the driver's word, the
+	// attempt has just had; empty: none.
+	Program func() string
 	// Near is where their memory and processors are.
 	Near Near
 }
@@ -187,17 +191,29 @@ func (x *run) abandon(child followed, events <-chan trainer.Event, waited <-chan
 	}()
 }
 
-// tellFault says in the job's log what broke and what comes next, and tells the
-// agent of a trainer that blamed its devices by itself.
-func (x *run) tellFault(err error) {
-	f := x.live.Fault()
-	switch {
-	case err == nil || job.KindOf(err) != job.GPUFault:
-	case f != nil:
-		x.ship.Say("error", f.Error()+"; the attempt was ended, and the job goes on elsewhere from its last checkpoint", "device_fault")
-	case x.live.Devices.Doubt != nil:
-		x.live.Devices.Doubt(job.ForUser(err))
+// blame says whose fault a failure of the device is. What broke is said in the
+// job's log, with what comes next. A trainer that blamed its devices by itself
+// is believed, unless the driver blames the program: then the failure is the
+// trainer's own and counts against the job, or it would be tried twenty times.
+func (x *run) blame(err error) error {
+	f, ok := errors.AsType[*job.Failure](err)
+	if !ok || f.Kind != job.GPUFault {
+		return err
 	}
+	if broken := x.live.Fault(); broken != nil {
+		x.ship.Say("error", broken.Error()+"; the attempt was ended, and the job goes on elsewhere from its last checkpoint", "device_fault")
+		return err
+	}
+	d := x.live.Devices
+	if d.Program != nil {
+		if said := d.Program(); said != "" {
+			return &job.Failure{Kind: job.TrainerCrashed, Err: fmt.Errorf("the driver blames the program: %s: %w", said, f)}
+		}
+	}
+	if d.Doubt != nil {
+		d.Doubt(job.ForUser(err))
+	}
+	return err
 }
 
 // hearCheck takes a sanity check to the agent and the job's log.

@@ -11,6 +11,7 @@ import (
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 	"lorayard/internal/trainer"
+	"lorayard/internal/wire"
 )
 
 // deaths counts what a trainer was told.
@@ -77,6 +78,40 @@ func TestABrokenDeviceIsInfrastructures(t *testing.T) {
 	}
 	if e := x.end(nil, &job.Failure{Kind: job.GPUFault, Err: errors.New("CUDA error")}); e.Delay == 0 {
 		t.Error("a device that nobody else complains of is tried again at once")
+	}
+}
+
+func TestWhoIsToBlameForATrainerThatBlamesItsDevice(t *testing.T) {
+	said := &job.Failure{Kind: job.GPUFault, Message: "RuntimeError: CUDA error", Err: errors.New("CUDA error")}
+	doubted, program := "", ""
+	x := &run{live: &Live{Devices: Devices{Doubt: func(why string) { doubted = why }, Program: func() string { return program }}}}
+	if err := x.blame(said); job.KindOf(err) != job.GPUFault || doubted != said.Message {
+		t.Errorf("%v, doubted for %q", err, doubted)
+	}
+	doubted, program = "", "XID 31, GPU memory page fault"
+	if err := x.blame(said); job.KindOf(err) != job.TrainerCrashed || doubted != "" || !errors.Is(err, said.Err) {
+		t.Errorf("%v, doubted for %q", err, doubted)
+	}
+	for _, err := range []error{nil, errors.New("x"), &job.Failure{Kind: job.Hang}} {
+		if got := x.blame(err); got != err || doubted != "" {
+			t.Errorf("%v became %v", err, got)
+		}
+	}
+}
+
+func TestAFailedCheckIsHeardAsTheTrainerSaysIt(t *testing.T) {
+	e, err := wire.Parse([]byte(`{"v":1,"seq":4,"ts":1,"job":"j","attempt":1,"ev":"sanity","index":1,"device":"cuda:1","wrong":"3 of 32 matrix products were wrong","check":"product","flops":7e14,"copy_bytes_per_second":3e12,"seconds":0.5}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	heard := map[int]string{}
+	x := &run{
+		Runner: &Runner{Metrics: metrics.NewAgent("test")}, as: job.Assignment{Devices: []string{"GPU-a", "GPU-b"}}, log: slog.New(slog.DiscardHandler),
+		live: &Live{Devices: Devices{Checked: func(place int, wrong string) { heard[place] = wrong }}},
+	}
+	x.hearCheck(trainer.Event{Event: e})
+	if len(heard) != 1 || heard[1] != "3 of 32 matrix products were wrong" {
+		t.Errorf("heard %v", heard)
 	}
 }
 

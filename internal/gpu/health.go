@@ -301,6 +301,19 @@ func (h *Health) Doubt(uuids []string, job, why string) {
 	})
 }
 
+// Program says which error of its own program a job has just had on one of these
+// devices; empty: none that no device is to blame for.
+func (h *Health) Program(uuids []string, job string) string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, u := range uuids {
+		if said := h.judge.Program(h.Now(), u, job); said != "" {
+			return said
+		}
+	}
+	return ""
+}
+
 // Lift is an operator's word that a device may be used again.
 func (h *Health) Lift(uuid string) error {
 	var err error

@@ -213,6 +213,7 @@ type record struct {
 	freed      time.Time
 	heard      map[int]*hearing
 	lastFault  time.Time // of any XID but consequences
+	lastOwn    time.Time // of one that no program is to blame for
 	cleanups   []time.Time
 	recovery   *Recovery
 	clearFrom  time.Time // since when the driver has said that nothing is needed
@@ -439,6 +440,9 @@ func (j *Judge) Fault(now time.Time, f Fault) bool {
 		return true
 	}
 	r.lastFault = now
+	if x.Class != XIDApp && x.Class != XIDInfo {
+		r.lastOwn = now
+	}
 	reason := x.String()
 	switch x.Class {
 	case XIDApp:
@@ -706,6 +710,21 @@ func (j *Judge) Doubt(now time.Time, uuid, job, why string) {
 		return
 	}
 	j.suspect(now, r, 0, "a trainer failed on it: "+why, false)
+}
+
+// Program says which error of its own program a job has just had on a device;
+// empty: none, or the device had one of its own as well.
+func (j *Judge) Program(now time.Time, uuid, job string) string {
+	r := j.records[uuid]
+	if r == nil || now.Sub(r.lastOwn) < 2*sameFault {
+		return ""
+	}
+	for _, m := range slices.Backward(r.Apps) {
+		if m.Job == job && now.Sub(m.At) < 2*sameFault {
+			return LookUp(m.XID).String()
+		}
+	}
+	return ""
 }
 
 // Lift is an operator's word that a device may be used again: the first attempt

@@ -508,6 +508,22 @@ func TestTrainersThatBlameADevice(t *testing.T) {
 	x.stands(gpu.StateQuarantined, gpu.ActionReset, "4 trainers failed on it within a day")
 }
 
+func TestAnErrorOfAProgramIsToldFromOneOfTheDevice(t *testing.T) {
+	x := sit(t)
+	x.Lent(a, "one", 1)
+	told := func() string { return x.Program(x.now, a, "one") }
+	if x.fault(31, gpu.FromKernel); !strings.Contains(told(), "XID 31") || x.Program(x.now, a, "two") != "" || x.Program(x.now, b, "one") != "" {
+		t.Errorf("told: %q", told())
+	}
+	if x.pass(time.Minute); told() != "" {
+		t.Errorf("a minute later: %q", told())
+	}
+	x.fault(31, gpu.FromKernel)
+	if x.fault(94, gpu.FromKernel); told() != "" {
+		t.Errorf("memory broke, and the program is blamed: %q", told())
+	}
+}
+
 // Whatever comes, the judge speaks of the device that was spoken of, knows no
 // other states, and goes on from what it saved as if nothing had been.
 func TestTheJudgeStandsUnderAnything(t *testing.T) {

@@ -516,7 +516,9 @@ func (j *Judge) Facts(now time.Time, uuid string, f Facts) {
 	if r == nil {
 		return
 	}
-	if f.Generation > r.generation {
+	// A device that told nothing this time has not come back.
+	answered := f.Recovery != nil || f.Uncorrectable != nil || f.UsedBytes != nil
+	if f.Generation > r.generation && (answered || r.generation == 0) {
 		if r.generation > 0 && (r.State == StateQuarantined || r.State == StateMissing) && r.Action != ActionReplace && !f.Lost && !f.ResetRequired {
 			j.back(now, r, "the driver was loaded anew")
 		}
@@ -543,7 +545,7 @@ func (j *Judge) Facts(now time.Time, uuid string, f Facts) {
 			r.Remap, j.news = true, true
 		}
 		j.out(now, r, CauseRowRemap, StateQuarantined, ActionDrain, 0, "a broken memory row is replaced at the next reset", false)
-	case r.Remap:
+	case r.Remap && answered:
 		r.Remap, j.news = false, true
 		if r.State == StateQuarantined && r.Action == ActionDrain {
 			j.back(now, r, "it was reset")

@@ -49,7 +49,13 @@ func (x *bench) fault(xid int, o gpu.Origin) bool {
 	return x.Fault(x.now, gpu.Fault{UUID: a, XID: xid, Origin: o})
 }
 
-func (x *bench) facts(f gpu.Facts) { x.Facts(x.now, a, f) }
+// facts are those of a device that answers.
+func (x *bench) facts(f gpu.Facts) {
+	if f.UsedBytes == nil {
+		f.UsedBytes = new(int64)
+	}
+	x.Facts(x.now, a, f)
+}
 
 func (x *bench) pass(d time.Duration) {
 	x.now = x.now.Add(d)
@@ -407,6 +413,8 @@ func TestRowsThatWaitToBeReplacedLetTheJobEnd(t *testing.T) {
 	if x.stands(gpu.StateQuarantined, gpu.ActionDrain, "next reset") {
 		t.Error("the job was ended")
 	}
+	x.Facts(x.now, a, gpu.Facts{}) // it tells nothing
+	x.stands(gpu.StateQuarantined, gpu.ActionDrain, "next reset")
 	x.facts(gpu.Facts{})
 	x.stands(gpu.StateSuspect, "", "it was reset")
 	x.facts(gpu.Facts{RemapFailed: true})
@@ -426,6 +434,8 @@ func TestALostDeviceIsMissingUntilTheDriverIsLoadedAnew(t *testing.T) {
 	x.facts(gpu.Facts{Generation: 1})
 	x.stands(gpu.StateMissing, gpu.ActionReboot, "lost")
 	x.facts(gpu.Facts{Lost: true, Generation: 2})
+	x.stands(gpu.StateMissing, gpu.ActionReboot, "lost")
+	x.Facts(x.now, a, gpu.Facts{Generation: 3}) // it tells nothing
 	x.stands(gpu.StateMissing, gpu.ActionReboot, "lost")
 	x.facts(gpu.Facts{Generation: 3})
 	x.stands(gpu.StateSuspect, "", "loaded anew")

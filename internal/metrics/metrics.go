@@ -135,8 +135,7 @@ func (s *set) gaugeRead(name, help string) *read {
 
 func (s *set) gaugeVec(name, help string, ls ...dimension) *prometheus.GaugeVec {
 	g := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: name, Help: help}, s.note(Gauge, name, help, ls))
-	s.reg.MustRegister(g)
-	begin(ls, func(v string) { g.WithLabelValues(v) })
+	s.reg.MustRegister(g) // what nobody has set yet is not known: a time of 0 would be an alarm
 	return g
 }
 

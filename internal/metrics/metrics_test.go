@@ -43,6 +43,12 @@ func full(devices int) *Agent {
 		m.SanityCopy.WithLabelValues(d.UUID).Set(3e12)
 		m.SanityLast.WithLabelValues(d.UUID).SetToCurrentTime()
 	}
+	for _, s := range []string{"free", "reserved", "unfit"} {
+		m.Devices.WithLabelValues(s).Set(1)
+	}
+	for _, t := range tiers {
+		m.PollLast.WithLabelValues(t).SetToCurrentTime()
+	}
 	m.ReadDevices(func() []Device { return ds })
 	m.ReadJobs(func() []Job { return js })
 	for _, kind := range []string{"gpu_fault", "out_of_memory", "trainer_crashed", "hang"} {
@@ -69,6 +75,8 @@ func fullDispatcher() *Dispatcher {
 		}
 		m.Wait.WithLabelValues(c).Observe(1)
 	}
+	m.Agents.WithLabelValues("taking").Set(1)
+	m.Jobs.WithLabelValues("queued").Set(1)
 	m.Attempts.WithLabelValues("failed", "gpu_fault").Inc()
 	m.Recovery.WithLabelValues("gpu_fault").Observe(1)
 	return m

@@ -24,20 +24,21 @@ var uses = map[string]string{
 	"store":    "job",
 	"queue":    "job",
 	"presence": "job",
+	"trace":    "job",
 	// The hand-over as one pure function, for tests and the simulation.
 	"proto": "job",
 	// The agent's story.
 	"trainer": "job proc wire",
 	"ship":    "job metrics spool wire",
-	"attempt": "job metrics presence proc ship spool storage store trainer wire", // presence: what a shim reports; proc: its clock
-	"agent":   "attempt gpu job metrics store",
+	"attempt": "job metrics presence proc ship spool storage store trace trainer wire", // presence: what a shim reports; proc: its clock
+	"agent":   "attempt gpu job metrics store trace",
 	// The dispatcher's.
-	"dispatch": "job metrics place queue store", // presence is joined to it in cmd
+	"dispatch": "job metrics place queue store trace", // presence is joined to it in cmd
 	"grant":    "metrics storage store",
 	"retain":   "metrics storage store",
 	"vet":      "dataset metrics queue storage store",
-	"boards":   "metrics",           // dashboards; only its JSON is shipped
-	"watch":    "job metrics store", // what the database knows, as metrics
+	"boards":   "metrics",                 // dashboards; only its JSON is shipped
+	"watch":    "job metrics store trace", // what the database knows, as metrics
 	// Support, never linked into a shipped binary.
 	"gpu/fakenvml":      "", // a stand-in for the driver's library, which breaks
 	"storage/local":     "",
@@ -63,6 +64,7 @@ var owner = map[string]string{
 	"github.com/NVIDIA/go-nvml":                "gpu/nvml",
 	"github.com/supabase-community/storage-go": "storage",
 	"github.com/prometheus/client_golang":      "metrics",
+	"go.opentelemetry.io":                      "trace",
 	"github.com/golang-jwt/jwt":                "auth storage/local devstack",
 	"github.com/MicahParks":                    "auth",
 	"github.com/go-json-experiment/json":       "dataset",

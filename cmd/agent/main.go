@@ -30,6 +30,7 @@ import (
 	"lorayard/internal/queue"
 	"lorayard/internal/storage"
 	"lorayard/internal/store"
+	"lorayard/internal/trace"
 	"lorayard/internal/trainer"
 	"lorayard/internal/wire"
 )
@@ -104,6 +105,7 @@ type settings struct {
 	Labels      []string      `flag:"labels" env:"LABELS" example:"zone=north,disk=nvme" help:"key=value pairs of this host that jobs may ask for"`
 	PresenceCA  string        `flag:"presence-ca" env:"PRESENCE_CA" help:"certificate file (PEM) that tls:// dispatchers must show; empty: the system's"`
 	OpsAddr     string        `flag:"ops-addr" env:"OPS_ADDR" default:"127.0.0.1:9091" help:"address of /metrics, /healthz and /readyz"`
+	Traces      string        `flag:"traces" env:"TRACES" example:"http://collector:4318" help:"OTLP endpoint over HTTP that gets spans of jobs; empty: nobody does"`
 	LogLevel    string        `flag:"log-level" env:"LOG_LEVEL" default:"info" help:"debug, info, warn or error"`
 	LogFormat   string        `flag:"log-format" env:"LOG_FORMAT" default:"auto" help:"text, json, or auto: text on a terminal"`
 }
@@ -213,8 +215,13 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if s.Backend == "dry" {
 		tr.Dry = &wire.Dry{Steps: s.DrySteps, StepSeconds: s.DryStepTime.Seconds(), Loss: [2]float64{3.2, 0.4}}
 	}
+	spans, err := trace.Open(ctx, s.Traces, "lorayard-agent", s.ID, version)
+	if err != nil {
+		return err
+	}
+	defer spans.Close()
 	runner := &attempt.Runner{
-		Agent: s.ID, Boot: self.Boot, CA: ca, Store: st, Storage: bucket, Trainer: tr, Metrics: m, Log: log,
+		Agent: s.ID, Boot: self.Boot, CA: ca, Store: st, Storage: bucket, Trainer: tr, Metrics: m, Trace: spans, Log: log,
 		Config: attempt.Config{
 			DataDir: s.DataDir, ModelsDir: s.ModelsDir, Pretend: s.PretendGPUs > 0, Threads: s.Threads,
 			CheckpointEvery: s.Checkpoint, LeaveGrace: s.LeaveGrace, HandOver: s.HandOver, MinFreeBytes: s.MinFree, Environ: environ,
@@ -232,7 +239,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	streams := &presence.Client{Agent: s.ID, Boot: self.Boot, Version: version, Roots: roots, Log: log}
 	reading, poll := host.watch(health, m, log)
 	a := agent.New(agent.Parts{
-		Self: self, Store: st, Ledger: ledger, Health: health, Places: places, Runner: runner, Metrics: m, Log: log,
+		Self: self, Store: st, Ledger: ledger, Health: health, Places: places, Runner: runner, Metrics: m, Trace: spans, Log: log,
 		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, OutOfTouch: s.OutOfTouch, HandOver: s.HandOver},
 		NewNonce: uuid.NewString, Reading: reading,
 		Dispatchers: func(addresses []string) {

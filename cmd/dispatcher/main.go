@@ -25,6 +25,7 @@ import (
 	"lorayard/internal/retain"
 	"lorayard/internal/storage"
 	"lorayard/internal/store"
+	"lorayard/internal/trace"
 	"lorayard/internal/vet"
 	"lorayard/internal/watch"
 )
@@ -92,6 +93,7 @@ type settings struct {
 	Settled     time.Duration `flag:"keep-settled" env:"KEEP_SETTLED" default:"168h" help:"how long the checkpoints of a settled job stay"`
 	Zombie      time.Duration `flag:"sweep-after" env:"SWEEP_AFTER" default:"1h" help:"what an ended attempt left in Storage is removed after; longer than the agents' OUT_OF_TOUCH"`
 	ScratchDir  string        `flag:"scratch-dir" env:"SCRATCH_DIR" help:"where a data set lies on its way to Storage, two at a time and up to 1 GiB each; empty: the system's directory for such files"`
+	Traces      string        `flag:"traces" env:"TRACES" example:"http://collector:4318" help:"OTLP endpoint over HTTP that gets spans of jobs; empty: nobody does"`
 	LogLevel    string        `flag:"log-level" env:"LOG_LEVEL" default:"info" help:"debug, info, warn or error"`
 	LogFormat   string        `flag:"log-format" env:"LOG_FORMAT" default:"auto" help:"text, json, or auto: text on a terminal"`
 }
@@ -199,10 +201,15 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	spans, err := trace.Open(ctx, s.Traces, "lorayard-dispatcher", hostname, version)
+	if err != nil {
+		return err
+	}
+	defer spans.Close()
 	policy := place.Usual()
 	policy.MinRun, policy.ReserveAfter, policy.MaxReserved = s.MinRun, s.Reserve, s.MaxReserved
 	made := dispatch.Parts{
-		Self: self, Store: st, Queue: q, Metrics: m, Log: log,
+		Self: self, Store: st, Queue: q, Metrics: m, Trace: spans, Log: log,
 		Config: dispatch.Config{
 			Policy: job.Policy{BaseModels: s.BaseModels, MaxGPUs: s.MaxGPUs}, Place: policy, UserGPUs: s.UserGPUs, UserQueued: s.UserQueued,
 			Poll: s.Poll, Resend: s.Resend, Accept: s.Accept, Lease: s.Lease, Patience: s.Patience, Term: s.Term,
@@ -220,7 +227,7 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 		m.ReadStreams(func() int { return len(streams.Present()) })
 		streams.Connected, streams.Gone = d.Back, d.Gone
 	}
-	watcher := &watch.Watch{Store: st, Metrics: m, Log: log, Leads: d.Leads}
+	watcher := &watch.Watch{Store: st, Metrics: m, Log: log, Leads: d.Leads, Trace: spans}
 	ready := func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()

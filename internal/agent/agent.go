@@ -22,6 +22,7 @@ import (
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 	"lorayard/internal/store"
+	"lorayard/internal/trace"
 )
 
 // Config is what an operator may turn.
@@ -76,6 +77,8 @@ type Parts struct {
 	// Reading fills in what is known of a device, from what was read last; nil
 	// knows no more than the agent. It must not wait for a driver.
 	Reading func(*metrics.Device)
+	// Trace is told of accepts; nil: nobody is.
+	Trace *trace.Tracer
 	// Jitter turns a pause into the one that is made; nil leaves it. The
 	// simulation gives every pause a moment of its own.
 	Jitter func(time.Duration) time.Duration
@@ -385,6 +388,7 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	}
 	ref := t.Ref
 	ref.Nonce = a.NewNonce()
+	asked := time.Now()
 	as, err := a.ask(ctx, ref)
 	if err != nil && job.KindOf(err) != job.LeaseLost && ctx.Err() == nil {
 		// The answer may be lost though the accept was not: ask once more with
@@ -401,6 +405,7 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 		return err
 	}
 	a.Metrics.Accepts.WithLabelValues("accepted").Inc()
+	a.Trace.Tell(trace.Span{Ref: ref, Name: "accepted", Began: asked.Add(as.Skew), Over: time.Now().Add(as.Skew)})
 	a.Metrics.Skew.Set(as.Skew.Seconds())
 	a.Log.Info("attempt accepted", "job", as.Ref.Job, "attempt", as.Ref.Attempt, "device", as.Devices)
 	a.begin(as, res, func(ctx context.Context, live *attempt.Live) error { return a.Runner.Run(ctx, as, live) })

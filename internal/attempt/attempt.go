@@ -28,6 +28,7 @@ import (
 	"lorayard/internal/spool"
 	"lorayard/internal/storage"
 	"lorayard/internal/store"
+	"lorayard/internal/trace"
 	"lorayard/internal/trainer"
 	"lorayard/internal/wire"
 )
@@ -54,6 +55,7 @@ type Runner struct {
 	Storage *storage.Client
 	Trainer *trainer.Trainer
 	Metrics *metrics.Agent
+	Trace   *trace.Tracer // nil: no spans
 	Log     *slog.Logger
 	Config  Config
 
@@ -128,8 +130,17 @@ func (r *Runner) Resume(ctx context.Context, l Left, live *Live) error {
 func (r *Runner) run(as job.Assignment, live *Live, dir string) *run {
 	return &run{
 		Runner: r, as: as, live: live, dir: dir, began: time.Now(), standing: Standing{Loss: math.NaN(), TokensPerSecond: math.NaN()},
-		log: r.Log.With("job", as.Ref.Job, "attempt", as.Ref.Attempt), stage: stageClock{metrics: r.Metrics},
+		log: r.Log.With("job", as.Ref.Job, "attempt", as.Ref.Attempt), stage: stageClock{metrics: r.Metrics, over: func(st job.Stage, began time.Time) { r.span(as, string(st), began, nil) }},
 	}
+}
+
+// span tells of a part of an attempt that is over now, in the database's time.
+func (r *Runner) span(as job.Assignment, name string, began time.Time, err error) {
+	s := trace.Span{Ref: as.Ref, Name: name, Began: began.Add(as.Skew), Over: time.Now().Add(as.Skew)}
+	if err != nil {
+		s.Failed = string(job.KindOf(err))
+	}
+	r.Trace.Tell(s)
 }
 
 // carry does the work and settles it, with the spool and its shipper around

@@ -20,6 +20,8 @@ func (x *run) settle(ctx context.Context, result *job.Result, err error) error {
 		x.log.WarnContext(ctx, "attempt lost", "err", err)
 		return err
 	}
+	began := time.Now()
+	defer func() { x.span(x.as, "settle", began, nil) }()
 	end := x.end(result, err)
 	if end.Outcome == store.OutcomeFailed {
 		x.log.WarnContext(ctx, "attempt failed", "kind", end.Failure.Kind, "err", end.Failure)

@@ -185,6 +185,7 @@ type stageClock struct {
 	metrics *metrics.Agent
 	now     job.Stage
 	since   time.Time
+	over    func(job.Stage, time.Time) // hears of each that is over, with its beginning
 }
 
 func (c *stageClock) enter(s job.Stage) {
@@ -195,6 +196,7 @@ func (c *stageClock) enter(s job.Stage) {
 func (c *stageClock) end() {
 	if c.now != "" {
 		c.metrics.StageSeconds.WithLabelValues(string(c.now)).Observe(time.Since(c.since).Seconds())
+		c.over(c.now, c.since)
 	}
 }
 

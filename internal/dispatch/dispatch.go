@@ -21,6 +21,7 @@ import (
 	"lorayard/internal/place"
 	"lorayard/internal/queue"
 	"lorayard/internal/store"
+	"lorayard/internal/trace"
 )
 
 // Config holds what an operator may turn.
@@ -84,6 +85,8 @@ type Parts struct {
 	Datasets func()
 	// Grants hears that an agent asks for access to Storage; nil hears nothing.
 	Grants func()
+	// Trace is told of placements and sends; nil: nobody is.
+	Trace *trace.Tracer
 	// Jitter turns a pause into the one that is made; nil leaves it. The
 	// simulation gives every pause a moment of its own.
 	Jitter func(time.Duration) time.Duration
@@ -446,7 +449,11 @@ func (d *Dispatcher) send(ctx context.Context, sends []store.Send) {
 		tasks[i] = queue.Send(s)
 	}
 	var failed error
-	for i, err := range d.Queue.SendAll(ctx, tasks) {
+	began := time.Now()
+	results := d.Queue.SendAll(ctx, tasks)
+	over := time.Now()
+	for i, err := range results {
+		d.Trace.Tell(trace.Span{Ref: sends[i].Task.Ref, Name: "sent", Began: began, Over: over, Failed: wrong(err), About: map[string]string{"agent": sends[i].Agent}})
 		if err == nil {
 			d.Metrics.Sends.WithLabelValues("ok").Inc()
 			continue
@@ -457,6 +464,14 @@ func (d *Dispatcher) send(ctx context.Context, sends []store.Send) {
 			d.Log.WarnContext(ctx, "tasks not sent, trying again", "tasks", len(sends)-i, "agent", sends[i].Agent, "err", err)
 		}
 	}
+}
+
+// wrong is a word for a span.
+func wrong(err error) string {
+	if err == nil {
+		return ""
+	}
+	return "error"
 }
 
 func (d *Dispatcher) count(ctx context.Context) error {

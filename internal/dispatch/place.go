@@ -9,6 +9,7 @@ import (
 	"lorayard/internal/job"
 	"lorayard/internal/place"
 	"lorayard/internal/store"
+	"lorayard/internal/trace"
 )
 
 // known is what the leader remembers between rounds, so that a round costs what
@@ -240,11 +241,14 @@ func (d *Dispatcher) assign(ctx context.Context, waiting []store.Waiting, as []p
 	for i, a := range as {
 		chosen[i] = store.Assignment{Job: job.ID(a.Job), Attempt: attempts[a.Job], Agent: a.Agent, Devices: a.Devices}
 	}
+	began := time.Now()
 	sends, err := d.Store.Assign(ctx, chosen)
+	over := time.Now()
 	d.known.assigned(sends)
 	d.known.busy = len(sends) > 0 && len(d.known.waiting) > 0
 	for _, s := range sends {
 		d.Metrics.Assigned.Inc()
+		d.Trace.Tell(trace.Span{Ref: s.Task.Ref, Name: "placed", Began: began, Over: over, About: map[string]string{"agent": s.Agent}})
 		d.Log.InfoContext(ctx, "attempt assigned", "job", s.Task.Ref.Job, "attempt", s.Task.Ref.Attempt, "agent", s.Agent, "device", s.Task.Devices)
 	}
 	again := d.known.again

@@ -22,6 +22,7 @@ import (
 type observed struct {
 	*stack
 	fleet *devstack.Fleet
+	spans *collector
 }
 
 func observe(t *testing.T) *observed {
@@ -33,7 +34,8 @@ func observe(t *testing.T) *observed {
 		}
 		t.Skip("there is no Prometheus here")
 	}
-	s := startOn(t, storetest.New(t).URL, "CHECKPOINT_EVERY=1s", "TRAINER_BACKEND=dry")
+	c := collect(t)
+	s := startOn(t, storetest.New(t).URL, "CHECKPOINT_EVERY=1s", "TRAINER_BACKEND=dry", "TRACES="+c.url)
 	rules, err := filepath.Abs("../../deploy/prometheus/rules")
 	s.must(err)
 	data, err := filepath.Abs("../../scripts/train/testdata/demo.jsonl")
@@ -43,7 +45,7 @@ func observe(t *testing.T) *observed {
 		Agents: 3, GPUs: 2, Steps: 40, StepTime: 100 * time.Millisecond, Data: data, Prometheus: dir, Rules: rules, Scrape: 500 * time.Millisecond,
 	})
 	s.must(err)
-	o := &observed{s, f}
+	o := &observed{s, f, c}
 	// A rate does not see what happened before the first scrape.
 	o.ask("every process is scraped", `sum(up)`, above(4))
 	return o
@@ -108,6 +110,7 @@ func TestALivingFleetIsSeen(t *testing.T) {
 		t.Fatal("nothing trains")
 	}
 	o.seen(x)
+	o.spans.story(x)
 	o.ask("a completed job", `sum(lorayard_jobs_settled_total{status="completed"})`, above(1))
 	o.ask("time of devices", `sum(rate(lorayard_fleet_gpu_seconds_total[5m]))`, above(0))
 	o.ask("rates", `sum(rate(lorayard_agent_gpu_seconds_total{use="useful"}[5m]))`, above(0))

@@ -110,6 +110,15 @@ func NewDispatcher(version string) *Dispatcher {
 	return m
 }
 
+// ObserveHandOver measures one, with the trace of its job where there is one.
+func (m *Dispatcher) ObserveHandOver(seconds float64, traceID string) {
+	if with, can := m.HandOver.(prometheus.ExemplarObserver); can && traceID != "" {
+		with.ObserveWithExemplar(seconds, prometheus.Labels{"trace_id": traceID})
+		return
+	}
+	m.HandOver.Observe(seconds)
+}
+
 // ReadStreams says how many agents have a presence stream to this process. It is
 // called at each scrape.
 func (m *Dispatcher) ReadStreams(from func() int) { m.streams.from.Store(&from) }

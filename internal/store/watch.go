@@ -14,8 +14,9 @@ import (
 
 // Began is an attempt that was accepted.
 type Began struct {
-	Ref      job.Ref       // without the nonce
-	Class    string        // of its devices
+	Ref      job.Ref // without the nonce
+	Class    string  // of its devices
+	Assigned time.Time
 	Waited   time.Duration // from admission to this assignment
 	HandOver time.Duration // from assignment to accept
 	After    job.Kind      // why the attempt before it failed; empty: there was none, or it did not fail
@@ -24,16 +25,18 @@ type Began struct {
 
 // Closed is an attempt that ended.
 type Closed struct {
-	Ref     job.Ref // without the nonce
-	Outcome string
-	Kind    job.Kind
-	Status  job.Status // of the job, when this was its last attempt; else empty
+	Ref                          job.Ref // without the nonce
+	Outcome                      string
+	Kind                         job.Kind
+	Status                       job.Status // of the job, when this was its last attempt; else empty
+	Agent                        string
+	Created, Assigned, Ended, At time.Time // of the job; and of the attempt, which was closed At
 }
 
 // Closed attempts are found by their index, open ones through those of jobs: an
 // index over accepts would be written once more at each of them.
 const began = `
-	SELECT a.job_id::text, a.attempt, coalesce((SELECT d.class FROM lorayard.devices d WHERE d.uuid = a.devices[1]), ''),
+	SELECT a.job_id::text, a.attempt, coalesce((SELECT d.class FROM lorayard.devices d WHERE d.uuid = a.devices[1]), ''), a.assigned_at,
 	       a.assigned_at - j.admitted_at, a.accepted_at - a.assigned_at,
 	       CASE WHEN p.outcome IN ('failed', 'lost') THEN p.kind ELSE '' END, coalesce(a.accepted_at - p.ended_at, interval '0')
 	FROM (
@@ -46,8 +49,10 @@ const began = `
 
 const closed = `
 	SELECT a.job_id::text, a.attempt, a.outcome, a.kind,
-	       CASE WHEN j.state = 'settled' AND j.attempt = a.attempt THEN (SELECT t.status FROM public.training_jobs t WHERE t.id = a.job_id) ELSE '' END
-	FROM lorayard.attempts a JOIN lorayard.jobs j ON j.job_id = a.job_id WHERE a.closed_at > $1 AND a.outcome IS NOT NULL`
+	       CASE WHEN j.state = 'settled' AND j.attempt = a.attempt THEN t.status ELSE '' END,
+	       a.agent_id, t.created_at, a.assigned_at, a.ended_at, a.closed_at
+	FROM lorayard.attempts a JOIN lorayard.jobs j ON j.job_id = a.job_id, LATERAL (SELECT x.status, x.created_at FROM public.training_jobs x WHERE x.id = a.job_id OFFSET 0) t
+	WHERE a.closed_at > $1 AND a.outcome IS NOT NULL`
 
 // Moves lists what began and what ended after since, a moment of the database's
 // clock, and that clock's time now.
@@ -63,12 +68,12 @@ func (s *Store) Moves(ctx context.Context, since time.Time) (bs []Began, cs []Cl
 }
 
 func scanBegan(r pgx.CollectableRow) (b Began, err error) {
-	err = r.Scan(&b.Ref.Job, &b.Ref.Attempt, &b.Class, &b.Waited, &b.HandOver, &b.After, &b.Recovery)
+	err = r.Scan(&b.Ref.Job, &b.Ref.Attempt, &b.Class, &b.Assigned, &b.Waited, &b.HandOver, &b.After, &b.Recovery)
 	return b, err
 }
 
 func scanClosed(r pgx.CollectableRow) (c Closed, err error) {
-	err = r.Scan(&c.Ref.Job, &c.Ref.Attempt, &c.Outcome, &c.Kind, &c.Status)
+	err = r.Scan(&c.Ref.Job, &c.Ref.Attempt, &c.Outcome, &c.Kind, &c.Status, &c.Agent, &c.Created, &c.Assigned, &c.Ended, &c.At)
 	return c, err
 }
 

@@ -11,6 +11,7 @@ import (
 	"lorayard/internal/job"
 	"lorayard/internal/metrics"
 	"lorayard/internal/store"
+	"lorayard/internal/trace"
 )
 
 // Store is the database; *store.Store is one.
@@ -25,7 +26,8 @@ type Watch struct {
 	Store   Store
 	Metrics *metrics.Dispatcher
 	Log     *slog.Logger
-	Leads   func() bool // whether this process leads now
+	Leads   func() bool   // whether this process leads now
+	Trace   *trace.Tracer // nil: no spans
 
 	since   time.Time          // what was closed before is counted
 	counted map[move]time.Time // what was counted of the time after, and when it was seen
@@ -168,7 +170,13 @@ func (w *Watch) news(m move, now time.Time) bool {
 }
 
 func (w *Watch) began(b store.Began) {
-	w.Metrics.HandOver.Observe(b.HandOver.Seconds())
+	w.Metrics.ObserveHandOver(b.HandOver.Seconds(), w.Trace.ID(b.Ref.Job))
+	since := b.Waited
+	if b.Ref.Attempt > 1 {
+		since = b.Recovery - b.HandOver
+	}
+	w.Trace.Tell(trace.Span{Ref: b.Ref, Name: "queued", Began: b.Assigned.Add(-since), Over: b.Assigned})
+	w.Trace.Tell(trace.Span{Ref: b.Ref, Name: "handed over", Began: b.Assigned, Over: b.Assigned.Add(b.HandOver)})
 	if b.Ref.Attempt == 1 {
 		w.Metrics.Wait.WithLabelValues(b.Class).Observe(b.Waited.Seconds())
 	}
@@ -179,6 +187,20 @@ func (w *Watch) began(b store.Began) {
 
 func (w *Watch) closed(c store.Closed) {
 	w.Metrics.Attempts.WithLabelValues(c.Outcome, string(c.Kind)).Inc()
+	failed := ""
+	if c.Outcome == string(store.OutcomeFailed) || c.Outcome == "lost" {
+		failed = string(c.Kind)
+	}
+	w.Trace.TellAttempt(trace.Span{
+		Ref: c.Ref, Name: "attempt", Began: c.Assigned, Over: c.Ended, Failed: failed,
+		About: map[string]string{"agent": c.Agent, "outcome": c.Outcome, "kind": string(c.Kind)},
+	})
+	if c.Status != "" {
+		if c.Status != job.Failed {
+			failed = ""
+		}
+		w.Trace.TellJob(trace.Span{Ref: c.Ref, Name: "job", Began: c.Created, Over: c.At, Failed: failed, About: map[string]string{"status": string(c.Status)}})
+	}
 	switch {
 	case c.Status == "":
 	case c.Status == job.Failed && infra(c.Kind):

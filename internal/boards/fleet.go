@@ -10,7 +10,7 @@ const health = `max by (instance, gpu_uuid) (lorayard_gpu_busy{instance=~"$insta
 
 var healthStates = map[int]State{
 	0: {"idle", "#73BF69"}, 1: {"busy", "#5794F2"}, 2: {"suspect", "#FADE2A"}, 3: {"suspect, busy", "#FF9830"}, 4: {"foreign", "#B877D9"}, 5: {"foreign, busy", "#B877D9"},
-	8: {"quarantined", "#F2495C"}, 9: {"quarantined, busy", "#C4162A"}, 16: {"missing", "#37872D"}, 17: {"missing, busy", "#37872D"},
+	8: {"quarantined", "#F2495C"}, 9: {"quarantined, busy", "#C4162A"}, 16: {"missing", "#990000"}, 17: {"missing, busy", "#990000"},
 }
 
 var instances = Var{Name: "instance", Label: "Host", Metric: `lorayard_build_info{component="agent"}`, Of: "instance", All: true}

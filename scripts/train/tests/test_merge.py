@@ -28,9 +28,6 @@ def merged(reference: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {"base": str(one.base_model.path), "adapter": str(adapter), "device": "cpu"}
     parts = [{"tokens": p.tokens, "trained": p.trained} for p in PARTS]
     loss = reload.measure({**asked, "threads": 1, "parts": parts})
-    with pytest.raises(Failure, match="the merged model has a loss of"):
-        merge.write(one, adapter, PARTS, loss + 2)
-    assert not (adapter / "merged").exists()
     files = merge.write(one, adapter, PARTS, loss)
     there = {f"merged/{p.name}" for p in (adapter / "merged").iterdir()}
     assert {f.name for f in files} == there
@@ -69,3 +66,19 @@ def test_its_files_are_small_and_whole(merged: Path, model: Path) -> None:
     assert checkpoint.verify(merged)  # the adapter beside it is untouched
     config = (there / "config.json").read_text()
     assert json.loads(config)["dtype"] == "bfloat16" and str(model) not in config
+
+
+def test_another_model_is_no_product(
+    reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = plan.parse(json.loads((reference.dir / "plan.json").read_text()))
+    (tmp_path / "merged").mkdir()
+    monkeypatch.setattr(merge.reload, "ask", lambda *_: ({"files": [], "loss": 3.5}, ""))
+    assert merge.write(one, tmp_path, PARTS, 3.4) == []
+    with pytest.raises(Failure, match=r"the merged model has a loss of 3\.5"):
+        merge.write(one, tmp_path, PARTS, 3.0)
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr(merge, "ROOM", 1 << 62)
+    with pytest.raises(Failure, match="are free") as caught:
+        merge.write(one, tmp_path, PARTS, 3.5)
+    assert caught.value.kind == "disk_full"

@@ -68,6 +68,7 @@ type Driver struct {
 	lib      nvml.Interface
 	has      map[string]bool
 	patience time.Duration
+	opening  time.Duration // patience while devices are woken
 
 	turn   chan struct{} // whoever holds it may give the thread something to do
 	work   chan func()
@@ -100,6 +101,11 @@ type unit struct {
 	hot, warm []nvml.FieldValue
 }
 
+// openingTimes is how much longer opening may take than another call: without
+// persistence mode the driver wakes one device after the other, for seconds
+// each.
+const openingTimes = 9
+
 // Open loads the library; the error wraps ErrUnavailable when there is none.
 func Open(o Options) (*Driver, error) {
 	path := o.Path
@@ -124,6 +130,7 @@ func Open(o Options) (*Driver, error) {
 	if d.patience == 0 {
 		d.patience = Patience
 	}
+	d.opening = openingTimes * d.patience
 	d.versions.Store(&[2]string{})
 	go func() {
 		runtime.LockOSThread()
@@ -132,7 +139,7 @@ func Open(o Options) (*Driver, error) {
 		}
 	}()
 	var ret nvml.Return
-	if err := d.call(context.Background(), func() { ret = d.lib.Init() }); err != nil {
+	if err := d.callFor(context.Background(), d.opening, func() { ret = d.lib.Init() }); err != nil {
 		return nil, fmt.Errorf("initialise the NVIDIA driver library: %w", err)
 	}
 	if ret != nvml.SUCCESS {
@@ -143,7 +150,7 @@ func Open(o Options) (*Driver, error) {
 		return nil, fmt.Errorf("initialise the NVIDIA driver library: %s", words(ret))
 	}
 	d.generation.Store(1)
-	return d, d.call(context.Background(), d.publish)
+	return d, d.callFor(context.Background(), d.opening, d.publish)
 }
 
 // Missing lists the symbols that this driver lacks.
@@ -169,8 +176,10 @@ func (d *Driver) Close() {
 // call has the thread do f and waits for it, but not for ever: then the error
 // wraps gpu.ErrWedged, and so it does for every call until f has come back. What
 // f writes must not be looked at before.
-func (d *Driver) call(ctx context.Context, f func()) error {
-	patience := d.patience
+func (d *Driver) call(ctx context.Context, f func()) error { return d.callFor(ctx, d.patience, f) }
+
+// callFor is call with another patience.
+func (d *Driver) callFor(ctx context.Context, patience time.Duration, f func()) error {
 	if d.wedged.Load() {
 		patience = time.Millisecond
 	}
@@ -222,7 +231,7 @@ func (d *Driver) Versions() (driver, cuda string) {
 func (d *Driver) Devices(ctx context.Context) ([]gpu.Device, error) {
 	var units []*unit
 	var err error
-	if wedged := d.call(ctx, func() {
+	if wedged := d.callFor(ctx, d.opening, func() {
 		if units, err = d.list(); err == nil {
 			d.take(units)
 		}

@@ -193,6 +193,23 @@ func TestACallThatHangsIsNotWaitedForForEver(t *testing.T) {
 	}
 }
 
+// Without persistence mode a driver wakes its devices one by one when it is
+// opened: that is slow, and no sign of trouble.
+func TestOpeningMayTakeLongerThanACall(t *testing.T) {
+	h, _ := host(t, 2, 0)
+	h.Hang(60 * time.Millisecond)
+	so, err := library1()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := Open(Options{Path: so, Patience: 100 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	devices(t, d)
+}
+
 func TestEvents(t *testing.T) {
 	h, d := host(t, 4, 0)
 	devices(t, d)

@@ -115,3 +115,13 @@ func TestPoller(t *testing.T) {
 		<-ended
 	})
 }
+
+// A device that was reset is told from one that only the library's reopening
+// touched: its own quarantine ends, that of the others does not.
+func TestADeviceThatReturnsIsANewOneAlone(t *testing.T) {
+	was, is := gpu.BlankReading("GPU-1"), gpu.BlankReading("GPU-1")
+	is.Returned = 1
+	if a, b := was.Facts(3), is.Facts(3); a.Generation != 3 || b.Generation != 4 {
+		t.Errorf("generations %d and %d", a.Generation, b.Generation)
+	}
+}

@@ -11,6 +11,7 @@ type Reading struct {
 	UUID          string
 	Lost          bool // the driver says that the device is lost
 	ResetRequired bool // the driver refuses to speak to it until it is reset
+	Returned      int  // how often it answered again after one of these
 
 	Utilization        float64 // share of the last sampling period in which a kernel ran
 	MemoryTotal        float64 // bytes
@@ -54,9 +55,10 @@ func BlankReading(uuid string) Reading {
 	}
 }
 
-// Facts is what the judge wants to know of it.
+// Facts is what the judge wants to know of it. A device that answers again after
+// it was lost was reset, as all are when the driver is loaded anew.
 func (r Reading) Facts(generation int) Facts {
-	f := Facts{Lost: r.Lost, ResetRequired: r.ResetRequired, RemapPending: r.RemapPending > 0, RemapFailed: r.RemapFailed > 0, Generation: generation}
+	f := Facts{Lost: r.Lost, ResetRequired: r.ResetRequired, RemapPending: r.RemapPending > 0, RemapFailed: r.RemapFailed > 0, Generation: generation + r.Returned}
 	if !math.IsNaN(r.Recovery) {
 		v := Recovery(r.Recovery)
 		f.Recovery = &v

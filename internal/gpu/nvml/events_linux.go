@@ -18,6 +18,10 @@ const (
 	xidDoubleBit = 48
 )
 
+// errAnew says that the library was opened anew: events have to be asked for
+// again.
+var errAnew = errors.New("the driver was opened anew")
+
 // Events hands over errors of devices as the driver tells them, until ctx ends
 // or the driver has no more to tell. It does not see every error: some reach
 // the kernel log alone.
@@ -31,7 +35,13 @@ func (d *Driver) Events(ctx context.Context, heard func(gpu.Fault)) error {
 	go func() { // a wait may hang: nobody waits for this thread when ctx ends
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		ended <- d.listen(ctx, heard)
+		for {
+			err := d.listen(ctx, heard)
+			if !errors.Is(err, errAnew) {
+				ended <- err
+				return
+			}
+		}
 	}()
 	select {
 	case err := <-ended:
@@ -46,19 +56,19 @@ func (d *Driver) listen(ctx context.Context, heard func(gpu.Fault)) error {
 	if err != nil {
 		return err
 	}
-	generation := d.Generation()
+	opened := d.opened.Load()
 	defer func() {
 		d.open.RLock()
 		defer d.open.RUnlock()
-		if d.Generation() == generation {
+		if d.opened.Load() == opened {
 			_ = set.Free() // nothing can be done about a failure
 		}
 	}()
 	for ctx.Err() == nil {
 		d.open.RLock()
-		if d.Generation() != generation {
+		if d.opened.Load() != opened {
 			d.open.RUnlock()
-			return errors.New("the driver was loaded anew")
+			return errAnew
 		}
 		e, ret := d.lib.EventSetWait(set, waitMillis)
 		d.open.RUnlock()

@@ -81,11 +81,16 @@ type Driver struct {
 	// What only the thread touches.
 	units        []*unit
 	readings     []gpu.Reading
-	stale        bool // handles are of a driver that is gone
-	oldFields    bool // the driver refuses newer fields
+	stale        bool // the library has to be opened anew
+	anew         bool // because the driver under it was
+	bad          bool // a device is lost, or has to be reset
+	reopened     time.Time
+	again        time.Duration // after which time it is opened anew to see whether a bad device is well
+	oldFields    bool          // the driver refuses newer fields
 	driver, cuda string
 
-	generation atomic.Int64
+	generation atomic.Int64 // of the driver
+	opened     atomic.Int64 // of our handles
 	versions   atomic.Pointer[[2]string]
 	handles    atomic.Pointer[map[nvml.Device][]string] // UUIDs of whole devices or their parts, for events
 }
@@ -98,6 +103,10 @@ type unit struct {
 	mig    bool
 	gone   bool // since the driver was loaded anew
 
+	refused  bool // gone, but only until it is reset
+	bad      bool // it was lost, or had to be reset, when it was read last
+	returned int  // how often it was well again after that
+
 	hot, warm []nvml.FieldValue
 }
 
@@ -105,6 +114,12 @@ type unit struct {
 // persistence mode the driver wakes one device after the other, for seconds
 // each.
 const openingTimes = 9
+
+// reopenEvery is how often the library is opened anew because a device is lost
+// or has to be reset: what it said of a device once it says until then, whatever
+// somebody has done to the device. It is no light thing to do, so it is done
+// seldom.
+const reopenEvery = time.Minute
 
 // Open loads the library; the error wraps ErrUnavailable when there is none.
 func Open(o Options) (*Driver, error) {
@@ -126,7 +141,7 @@ func Open(o Options) (*Driver, error) {
 			return nil, fmt.Errorf("the NVIDIA driver is too old for this agent: its library has no %s", s)
 		}
 	}
-	d := &Driver{lib: nvml.New(nvml.WithLibraryPath(path)), has: has, patience: o.Patience, turn: make(chan struct{}, 1), work: make(chan func())}
+	d := &Driver{lib: nvml.New(nvml.WithLibraryPath(path)), has: has, patience: o.Patience, turn: make(chan struct{}, 1), work: make(chan func()), reopened: time.Now(), again: reopenEvery}
 	if d.patience == 0 {
 		d.patience = Patience
 	}

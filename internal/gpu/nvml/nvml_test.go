@@ -76,6 +76,8 @@ func devices(t testing.TB, d *Driver) []gpu.Device {
 	return ds
 }
 
+func must(rs []gpu.Reading, _ error) []gpu.Reading { return rs }
+
 // read takes both tiers.
 func read(t testing.TB, d *Driver, n int) ([]gpu.Reading, error) {
 	t.Helper()
@@ -146,9 +148,21 @@ func TestOneDeviceIsLostAndNoOther(t *testing.T) {
 			t.Errorf("device %d: %+v", i, r)
 		}
 	}
-	h.Lose(1, false)
-	if rs, _ = read(t, d, 4); rs[1].Lost {
-		t.Error("it stays lost")
+	h.Lose(1, false) // somebody has reset it; the library knows nothing of that yet
+	if rs, _ = read(t, d, 4); !rs[1].Lost || !math.IsNaN(rs[1].Power) {
+		t.Errorf("%+v", rs[1])
+	}
+	d.again = 0
+	read(t, d, 4)
+	for i, r := range must(read(t, d, 4)) {
+		if r.Lost || r.ResetRequired != (i == 2) || r.Returned != map[int]int{1: 1}[i] || d.Generation() != 1 {
+			t.Errorf("device %d, generation %d: %+v", i, d.Generation(), r)
+		}
+	}
+	h.RequireReset(2, false)
+	read(t, d, 4)
+	if rs := must(read(t, d, 4)); rs[2].ResetRequired || rs[2].Lost || rs[2].Returned != 1 || math.IsNaN(rs[2].Power) {
+		t.Errorf("after its reset: %+v", rs[2])
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"time"
 
 	"github.com/NVIDIA/go-nvml/pkg/nvml"
 
@@ -57,6 +58,9 @@ func (d *Driver) Read(ctx context.Context, tier gpu.Tier, dst []gpu.Reading) err
 }
 
 func (d *Driver) read(tier gpu.Tier) error {
+	if d.bad && time.Since(d.reopened) >= d.again {
+		d.stale = true
+	}
 	if d.stale {
 		if err := d.reopen(); err != nil {
 			return err
@@ -64,13 +68,17 @@ func (d *Driver) read(tier gpu.Tier) error {
 	}
 	var failed error
 	dead := 0
+	if tier == gpu.Hot {
+		d.bad = false
+	}
 	for i, u := range d.units {
 		r := &d.readings[i]
 		if u.handle == nil {
 			continue // its fault is in the inventory
 		}
 		if u.gone {
-			r.Lost = true
+			*r = gpu.BlankReading(u.UUID)
+			r.Lost, r.ResetRequired, r.Returned, u.bad, d.bad = !u.refused, u.refused, u.returned, true, true
 			continue
 		}
 		ret := nvml.SUCCESS
@@ -88,36 +96,44 @@ func (d *Driver) read(tier gpu.Tier) error {
 		}
 	}
 	if dead > 0 { // not one device is lost, but the driver under all of them
-		d.stale = true
+		d.stale, d.anew = true, true
 		return errors.New("the driver is being loaded anew")
 	}
 	return failed
 }
 
-// reopen initialises the library again, after the driver under it went.
+// reopen initialises the library again, after the driver under it went, or to
+// see whether a device that was lost is there again.
 func (d *Driver) reopen() error {
 	d.open.Lock()
 	defer d.open.Unlock()
+	d.reopened = time.Now()
 	_ = d.lib.Shutdown() // what it answers is about a driver that is gone
 	if ret := d.lib.Init(); ret != nvml.SUCCESS {
-		return fmt.Errorf("the driver is being loaded anew: %s", words(ret))
+		return fmt.Errorf("open the driver anew: %s", words(ret))
 	}
 	units, err := d.list()
 	if err != nil {
 		return err
 	}
-	now := map[string]*unit{}
+	now, mute := map[string]*unit{}, map[int]bool{}
 	for _, u := range units {
 		now[u.UUID] = u
+		mute[u.Index] = mute[u.Index] || u.handle == nil
 	}
-	for _, u := range d.units {
+	for i, u := range d.units {
+		// Of one that has to be reset not even the name is told.
+		u.refused = mute[u.Index] && d.readings[i].ResetRequired
 		n := now[u.UUID]
 		if u.gone = n == nil || n.handle == nil; !u.gone {
 			u.handle, u.whole = n.handle, n.whole
 		}
 	}
-	d.stale = false
-	d.generation.Add(1)
+	if d.anew { // else the other devices are what they were
+		d.generation.Add(1)
+	}
+	d.stale, d.anew = false, false
+	d.opened.Add(1)
 	d.publish()
 	return nil
 }
@@ -125,7 +141,7 @@ func (d *Driver) reopen() error {
 // hot reads what is read every second.
 func (d *Driver) hot(u *unit, r *gpu.Reading) nvml.Return {
 	*r = gpu.Reading{ // what the other tier reads stays
-		UUID: u.UUID, PowerLimit: r.PowerLimit, TemperatureMargin: r.TemperatureMargin, ClockSM: r.ClockSM, ClockMem: r.ClockMem,
+		UUID: u.UUID, Returned: u.returned, PowerLimit: r.PowerLimit, TemperatureMargin: r.TemperatureMargin, ClockSM: r.ClockSM, ClockMem: r.ClockMem,
 		PCIeWidth: r.PCIeWidth, NVLinksUp: r.NVLinksUp, NVLinks: r.NVLinks, NVLinkErrors: r.NVLinkErrors,
 	}
 	nan := math.NaN()
@@ -156,6 +172,14 @@ func (d *Driver) hot(u *unit, r *gpu.Reading) nvml.Return {
 		}
 	}
 	r.Lost, r.ResetRequired = answer == nvml.ERROR_GPU_IS_LOST, answer == nvml.ERROR_RESET_REQUIRED
+	switch {
+	case r.Lost || r.ResetRequired:
+		u.bad, d.bad = true, true
+	case u.bad && answer == nvml.SUCCESS:
+		u.bad = false
+		u.returned++
+		r.Returned = u.returned
+	}
 	return answer
 }
 

@@ -40,6 +40,9 @@ static uint32_t seen; /* the generation of the driver that handles are of */
 /* A handle is the address of one of these; a part is beside its device. */
 static struct handle { int device, part; } handles[DEVICES][PARTS + 1];
 
+/* What was lost stays so until the library is opened anew. */
+static unsigned char stuck[DEVICES];
+
 static int ready(void) {
 	if (!st) return UNINITIALIZED;
 	uint32_t ms = st->hang_ms;
@@ -55,7 +58,8 @@ static int at(struct handle *h, struct device **d) {
 	int r = ready();
 	if (r) return r;
 	*d = &st->devices[h->device];
-	if ((*d)->lost) return LOST;
+	if ((*d)->lost) stuck[h->device] = 1;
+	if (stuck[h->device]) return LOST;
 	if ((*d)->reset) return RESET;
 	return OK;
 }
@@ -76,6 +80,7 @@ int nvmlInit_v2(void) {
 	}
 	if (st->gone) return NOT_LOADED;
 	seen = st->generation;
+	memset(stuck, 0, sizeof stuck);
 	for (int i = 0; i < DEVICES; i++)
 		for (int p = 0; p <= PARTS; p++) handles[i][p] = (struct handle){i, p};
 	return OK;

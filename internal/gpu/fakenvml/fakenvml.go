@@ -6,6 +6,7 @@ package fakenvml
 import (
 	_ "embed"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -78,8 +79,9 @@ type device struct {
 }
 
 type event struct {
-	device, kind uint32
-	data         uint64
+	device, kind     uint32
+	data             uint64
+	instance, unused uint32
 }
 
 type state struct {
@@ -216,11 +218,19 @@ func (h *Host) XID(i, xid int) { h.Event(i, xidEvent, uint64(xid)) }
 
 // Event tells of anything. One that is not fetched in time is lost, as with the
 // real library.
-func (h *Host) Event(i int, kind uint32, data uint64) {
+func (h *Host) Event(i int, kind uint32, data uint64) { h.tell(i, kind, data, math.MaxUint32) }
+
+// PartXID tells of an error in the n-th MIG instance of a device, from 0.
+func (h *Host) PartXID(i, n, xid int) { h.tell(i, xidEvent, uint64(xid), firstInstance+uint32(n)) }
+
+// firstInstance is the number that the driver has for the first of them.
+const firstInstance = 7
+
+func (h *Host) tell(i int, kind uint32, data uint64, instance uint32) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	n := atomic.LoadUint32(&h.s.written)
-	h.s.events[n%mostEvents] = event{uint32(i), kind, data}
+	h.s.events[n%mostEvents] = event{device: uint32(i), kind: kind, data: data, instance: instance}
 	atomic.StoreUint32(&h.s.written, n+1)
 	h.wake()
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 
 	"github.com/NVIDIA/go-nvml/pkg/nvml"
@@ -16,6 +17,7 @@ import (
 const (
 	waitMillis   = 1000
 	xidDoubleBit = 48
+	noInstance   = math.MaxUint32 // the whole device, or it is not known which
 )
 
 // errAnew says that the library was opened anew: events have to be asked for
@@ -75,8 +77,9 @@ func (d *Driver) listen(ctx context.Context, heard func(gpu.Fault)) error {
 		switch ret {
 		case nvml.SUCCESS:
 			f, ok := fault(e)
-			for _, f.UUID = range handles[e.Device] {
-				if ok && ctx.Err() == nil {
+			for _, p := range handles[e.Device] {
+				// What happened in one instance is nothing to the others.
+				if f.UUID = p.uuid; ok && ctx.Err() == nil && (e.GpuInstanceId == noInstance || p.instance < 0 || int(e.GpuInstanceId) == p.instance) {
 					heard(f)
 				}
 			}
@@ -90,7 +93,7 @@ func (d *Driver) listen(ctx context.Context, heard func(gpu.Fault)) error {
 }
 
 // register asks for the errors of every whole device.
-func (d *Driver) register() (nvml.EventSet, map[nvml.Device][]string, error) {
+func (d *Driver) register() (nvml.EventSet, map[nvml.Device][]part, error) {
 	d.open.RLock()
 	defer d.open.RUnlock()
 	handles := d.handles.Load()

@@ -47,6 +47,7 @@ const (
 	symMIGMode       = "nvmlDeviceGetMigMode"
 	symMIGCount      = "nvmlDeviceGetMaxMigDeviceCount"
 	symMIGDevice     = "nvmlDeviceGetMigDeviceHandleByIndex"
+	symInstance      = "nvmlDeviceGetGpuInstanceId"
 	symSetCreate     = "nvmlEventSetCreate"
 	symSetWait       = "nvmlEventSetWait_v2"
 	symSetFree       = "nvmlEventSetFree"
@@ -56,7 +57,7 @@ const (
 
 var wanted = []string{
 	symDriverVersion, symCUDAVersion, symMemory2, symMemory, symPCI, symFields, symUtilization, symTemperature, symPowerLimit, symClock,
-	symWidth, symMaxWidth, symMargin, symLinkState, symLinkPCI, symLinkType, symAncestor, symMIGMode, symMIGCount, symMIGDevice,
+	symWidth, symMaxWidth, symMargin, symLinkState, symLinkPCI, symLinkType, symAncestor, symMIGMode, symMIGCount, symMIGDevice, symInstance,
 	symSetCreate, symSetWait, symSetFree, symSupported, symRegister,
 }
 
@@ -92,7 +93,7 @@ type Driver struct {
 	generation atomic.Int64 // of the driver
 	opened     atomic.Int64 // of our handles
 	versions   atomic.Pointer[[2]string]
-	handles    atomic.Pointer[map[nvml.Device][]string] // UUIDs of whole devices or their parts, for events
+	handles    atomic.Pointer[map[nvml.Device][]part] // whole devices or their parts, for events
 }
 
 // unit is one device of the inventory.
@@ -101,7 +102,9 @@ type unit struct {
 	handle nvml.Device
 	whole  nvml.Device // the device that a MIG instance is a part of; handle, when it is none
 	mig    bool
-	gone   bool // since the driver was loaded anew
+	// instance is the number of a MIG instance; -1: not known, or none.
+	instance int
+	gone     bool // since the driver was loaded anew
 
 	refused  bool // gone, but only until it is reset
 	bad      bool // it was lost, or had to be reset, when it was read last
@@ -120,6 +123,13 @@ const openingTimes = 9
 // somebody has done to the device. It is no light thing to do, so it is done
 // seldom.
 const reopenEvery = time.Minute
+
+// part is what an event of a whole device is about: the device, or a MIG
+// instance of it.
+type part struct {
+	uuid     string
+	instance int // as the driver counts them; -1: not known, or none
+}
 
 // Open loads the library; the error wraps ErrUnavailable when there is none.
 func Open(o Options) (*Driver, error) {
@@ -274,10 +284,10 @@ func (d *Driver) take(units []*unit) {
 
 // publish tells other threads what the inventory is.
 func (d *Driver) publish() {
-	handles := map[nvml.Device][]string{}
+	handles := map[nvml.Device][]part{}
 	for _, u := range d.units {
 		if u.whole != nil && !u.gone {
-			handles[u.whole] = append(handles[u.whole], u.UUID)
+			handles[u.whole] = append(handles[u.whole], part{u.UUID, u.instance})
 		}
 	}
 	d.handles.Store(&handles)
@@ -311,7 +321,7 @@ func (d *Driver) list() ([]*unit, error) {
 }
 
 func (d *Driver) unit(i int) *unit {
-	u := &unit{Device: gpu.Device{UUID: fmt.Sprintf("unknown-%d", i), Index: i, Node: -1}}
+	u := &unit{Device: gpu.Device{UUID: fmt.Sprintf("unknown-%d", i), Index: i, Node: -1}, instance: -1}
 	h, ret := d.lib.DeviceGetHandleByIndex(i)
 	if ret != nvml.SUCCESS {
 		u.Fault = "the driver gives no handle: " + words(ret)
@@ -368,7 +378,12 @@ func (d *Driver) parts(whole *unit) []*unit {
 		if ret != nvml.SUCCESS {
 			continue
 		}
-		u := &unit{Device: gpu.Device{UUID: uuid, Index: whole.Index, Name: whole.Name + " MIG", Bus: whole.Bus, Node: -1}, handle: h, whole: whole.handle, mig: true}
+		u := &unit{Device: gpu.Device{UUID: uuid, Index: whole.Index, Name: whole.Name + " MIG", Bus: whole.Bus, Node: -1}, handle: h, whole: whole.handle, mig: true, instance: -1}
+		if d.has[symInstance] {
+			if id, ret := h.GetGpuInstanceId(); ret == nvml.SUCCESS {
+				u.instance = id
+			}
+		}
 		if name, ret := h.GetName(); ret == nvml.SUCCESS {
 			u.Name = name
 		}

@@ -278,6 +278,11 @@ func TestMIG(t *testing.T) {
 	if !slices.Equal(got, []string{ds[1].UUID, ds[2].UUID, ds[3].UUID}) {
 		t.Error(got)
 	}
+	h.PartXID(1, 1, 13) // of one program, in its own instance
+	h.XID(0, 13)
+	if a, b := <-heard, <-heard; a != ds[2].UUID || b != ds[0].UUID {
+		t.Errorf("an error of one instance is told of %s, then %s", a, b)
+	}
 }
 
 func TestAnOldDriverRefusesNewFields(t *testing.T) {

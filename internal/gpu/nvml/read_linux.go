@@ -126,7 +126,7 @@ func (d *Driver) reopen() error {
 		u.refused = mute[u.Index] && d.readings[i].ResetRequired
 		n := now[u.UUID]
 		if u.gone = n == nil || n.handle == nil; !u.gone {
-			u.handle, u.whole = n.handle, n.whole
+			u.handle, u.whole, u.instance = n.handle, n.whole, n.instance
 		}
 	}
 	if d.anew { // else the other devices are what they were

@@ -24,7 +24,7 @@ struct device {
 	uint32_t remaps, remaps_bad, pending, failed, parts, links;
 };
 
-struct event { uint32_t device, type; uint64_t data; };
+struct event { uint32_t device, type; uint64_t data; uint32_t instance, unused; };
 
 struct state {
 	uint32_t count, hang_ms, gone, generation, switched, old;
@@ -230,6 +230,13 @@ int nvmlDeviceGetMigDeviceHandleByIndex(struct handle *h, unsigned i, struct han
 	return OK;
 }
 
+int nvmlDeviceGetGpuInstanceId(struct handle *h, unsigned *id) {
+	DEVICE(h);
+	if (!h->part) return INVALID;
+	*id = 6 + (unsigned)h->part;
+	return OK;
+}
+
 int nvmlEventSetCreate(void **set) { *set = &seen; return ready(); }
 int nvmlEventSetFree(void *set) { (void)set; return OK; }
 int nvmlDeviceGetSupportedEventTypes(struct handle *h, unsigned long long *types) { DEVICE(h); *types = 0x1f; return OK; }
@@ -250,7 +257,8 @@ int nvmlEventSetWait_v2(void *set, struct event_data *e, unsigned ms) {
 			e->device = &handles[from->device][0];
 			e->type = from->type;
 			e->data = from->data;
-			e->gi = e->ci = 0xffffffff;
+			e->gi = from->instance;
+			e->ci = 0xffffffff;
 			st->read++;
 			return OK;
 		}

@@ -45,6 +45,7 @@ var uses = map[string]string{
 	"devstack/services": "",
 	"devstack":          "devstack/services storage storage/local store",
 	"cmd/devstack":      "config daemon devstack",
+	"cmd/fakegpu":       "gpu/fakenvml",
 	"storetest":         "devstack/services store",
 	"fleet":             "agent attempt dispatch gpu job metrics place queue store",
 	"queue/queuebench":  "job queue",

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -40,6 +41,11 @@ type seenGPU struct {
 	Watts       *float64 `json:"power"`
 	Uncorrected *float64 `json:"ecc_uncorrected"` // errors since the driver was loaded
 	NVLinks     *float64 `json:"nvlinks_up"`
+	Margin      *float64 `json:"temperature_margin"` // degrees until it slows down
+	PowerLimit  *float64 `json:"power_limit"`
+	ClockHertz  *float64 `json:"clock_sm"`
+	PCIeWidth   *float64 `json:"pcie_width"`      // share of the lanes that it could have
+	Watch       []string `json:"watch,omitempty"` // what a person should look at
 }
 
 // gpus lists the devices of this host: what the driver reads, and what the
@@ -150,6 +156,7 @@ func seeGPU(d gpu.Device, r gpu.Reading) seenGPU {
 	g := seenGPU{
 		Index: d.Index, UUID: d.UUID, Name: d.Name, Class: d.Class, Reason: d.Fault, Utilization: number(r.Utilization), Used: number(r.MemoryUsed),
 		Total: number(r.MemoryTotal), Celsius: number(r.Temperature), Watts: number(r.Power), Uncorrected: number(r.ECCUncorrected), NVLinks: number(r.NVLinksUp),
+		Margin: number(r.TemperatureMargin), PowerLimit: number(r.PowerLimit), ClockHertz: number(r.ClockSM), PCIeWidth: number(r.PCIeWidth), Watch: look(r),
 	}
 	switch {
 	case r.Lost:
@@ -160,6 +167,31 @@ func seeGPU(d gpu.Device, r gpu.Reading) seenGPU {
 	return g
 }
 
+// look says what a person should look at, though the device works.
+func look(r gpu.Reading) (out []string) {
+	if r.RemapFailed > 0 {
+		out = append(out, "a broken memory row cannot be replaced any more: have the GPU replaced")
+	}
+	if r.RemapPending > 0 {
+		out = append(out, "a broken memory row is replaced at the next reset")
+	}
+	if r.Recovery > 0 {
+		out = append(out, "the driver wants it to be recovered: "+map[gpu.Recovery]string{
+			gpu.RecoveryReset: "reset it", gpu.RecoveryBusReset: "reset it", gpu.RecoveryReboot: "restart the host", gpu.RecoverySystemReboot: "restart the host",
+		}[gpu.Recovery(r.Recovery)])
+	}
+	if r.TemperatureMargin <= 0 {
+		out = append(out, "it is too hot: look at its cooling")
+	}
+	if r.PCIeWidth < 1 {
+		out = append(out, fmt.Sprintf("it uses %.0f %% of its PCIe lanes: look at its seat", r.PCIeWidth*100))
+	}
+	if r.NVLinksUp < r.NVLinks {
+		out = append(out, fmt.Sprintf("%.0f of %.0f NVLinks are down", r.NVLinks-r.NVLinksUp, r.NVLinks))
+	}
+	return out
+}
+
 func listGPUs(w io.Writer, gpus []seenGPU, notes []string) error {
 	cell := func(v *float64, format string, scale float64) string {
 		if v == nil {
@@ -168,16 +200,16 @@ func listGPUs(w io.Writer, gpus []seenGPU, notes []string) error {
 		return fmt.Sprintf(format, *v*scale)
 	}
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "GPU\tNAME\tSTATE\tBUSY\tMEMORY\tTEMP\tPOWER\tECC\tLINKS\tUUID\tJOB")
+	fmt.Fprintln(tw, "GPU\tNAME\tSTATE\tBUSY\tMEMORY\tTEMP\tLEFT\tPOWER\tCLOCK\tECC\tLINKS\tUUID\tJOB")
 	for _, g := range gpus {
 		state := g.State
 		if state == "" {
 			state = "-"
 		}
 		const gib = 1.0 / (1 << 30)
-		fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s / %s\t%s\t%s\t%s\t%s\t%s\t%s\n", g.Index, g.Name, state, cell(g.Utilization, "%.0f %%", 100),
-			cell(g.Used, "%.1f", gib), cell(g.Total, "%.0f GiB", gib), cell(g.Celsius, "%.0f °C", 1), cell(g.Watts, "%.0f W", 1),
-			cell(g.Uncorrected, "%.0f", 1), cell(g.NVLinks, "%.0f", 1), g.UUID, g.Job)
+		fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s / %s\t%s\t%s\t%s / %s\t%s\t%s\t%s\t%s\t%s\n", g.Index, g.Name, state, cell(g.Utilization, "%.0f %%", 100),
+			cell(g.Used, "%.1f", gib), cell(g.Total, "%.0f GiB", gib), cell(g.Celsius, "%.0f °C", 1), cell(g.Margin, "%.0f °C", 1),
+			cell(g.Watts, "%.0f", 1), cell(g.PowerLimit, "%.0f W", 1), cell(g.ClockHertz, "%.0f MHz", 1e-6), cell(g.Uncorrected, "%.0f", 1), cell(g.NVLinks, "%.0f", 1), g.UUID, g.Job)
 	}
 	if err := tw.Flush(); err != nil {
 		return err
@@ -189,6 +221,9 @@ func listGPUs(w io.Writer, gpus []seenGPU, notes []string) error {
 				fmt.Fprintf(w, ": %s", g.Todo)
 			}
 			fmt.Fprintln(w)
+		}
+		if len(g.Watch) > 0 && g.Reason == "" {
+			fmt.Fprintf(w, "GPU %d: %s\n", g.Index, strings.Join(g.Watch, "; "))
 		}
 	}
 	for _, n := range notes {

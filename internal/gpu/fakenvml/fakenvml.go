@@ -108,15 +108,13 @@ func New(path string, n int) (*Host, error) {
 		return nil, err
 	}
 	defer f.Close()
-	size := int(unsafe.Sizeof(state{}))
-	if err := f.Truncate(int64(size)); err != nil {
+	if err := f.Truncate(int64(unsafe.Sizeof(state{}))); err != nil {
 		return nil, err
 	}
-	raw, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	h, err := attach(f)
 	if err != nil {
-		return nil, fmt.Errorf("map the state of the pretended host: %w", err)
+		return nil, err
 	}
-	h := &Host{Path: path, raw: raw, s: (*state)(unsafe.Pointer(&raw[0]))}
 	var name uint64 = 14695981039346656037
 	for _, b := range []byte(path) { // FNV-1a
 		name = (name ^ uint64(b)) * 1099511628211
@@ -131,6 +129,30 @@ func New(path string, n int) (*Host, error) {
 	atomic.StoreUint32(&h.s.count, uint32(n))
 	return h, nil
 }
+
+// Attach opens the state of a host that another process has made.
+func Attach(path string) (*Host, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || info.Size() != int64(unsafe.Sizeof(state{})) {
+		return nil, fmt.Errorf("%s is not the state of a pretended host of this version", path)
+	}
+	return attach(f)
+}
+
+func attach(f *os.File) (*Host, error) {
+	raw, err := unix.Mmap(int(f.Fd()), 0, int(unsafe.Sizeof(state{})), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map the state of the pretended host: %w", err)
+	}
+	return &Host{Path: f.Name(), raw: raw, s: (*state)(unsafe.Pointer(&raw[0]))}, nil
+}
+
+// Devices is how many there are.
+func (h *Host) Devices() int { return int(atomic.LoadUint32(&h.s.count)) }
 
 // Close lets go of the state; the file stays.
 func (h *Host) Close() error { return unix.Munmap(h.raw) }

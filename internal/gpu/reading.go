@@ -30,12 +30,13 @@ type Reading struct {
 	RemapFailed        float64
 	PCIeReplays        float64
 	Throttled          [5]float64 // seconds since the driver was loaded, see Throttles
+	Reasons            uint64     // why it is slowed down now, as nvmlClocksEventReason bits
 	PowerLimit         float64    // this and what follows: every 15 s
 	TemperatureMargin  float64    // degrees until it slows down
 	ClockSM, ClockMem  float64    // hertz
 	PCIeWidth          float64    // share of the lanes that it could have
 	NVLinksUp, NVLinks float64
-	NVLinkErrors       [3]float64 // see NVLinkErrors
+	NVLinkErrors       [3]float64 // see NVLinkErrorKinds
 }
 
 // Throttles are the reasons of Reading.Throttled in its order.

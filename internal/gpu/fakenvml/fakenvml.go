@@ -76,6 +76,7 @@ type device struct {
 	total, used, reserved, corrected, uncorrected, energy, replays uint64
 	lost, reset, recovery, utilization, power, temperature         uint32
 	remaps, remapsBad, pending, failed, parts, links               uint32
+	reasons, prohibited, spentBanks, offFabric, pid, unused        uint32
 }
 
 type event struct {
@@ -192,6 +193,31 @@ func (h *Host) RemapPending(i int, pending bool) { set(&h.s.devices[i].pending, 
 
 // Use sets how much memory processes use.
 func (h *Host) Use(i int, bytes uint64) { atomic.StoreUint64(&h.s.devices[i].used, bytes) }
+
+// UsedBy names a process that has a context on the device; 0: none has.
+func (h *Host) UsedBy(i, pid int) { atomic.StoreUint32(&h.s.devices[i].pid, uint32(pid)) }
+
+// Call gives a device another name and another size, in GiB.
+func (h *Host) Call(i int, name string, gib uint64) {
+	d := &h.s.devices[i]
+	d.name = [len(d.name)]byte{}
+	copy(d.name[:len(d.name)-1], name)
+	atomic.StoreUint64(&d.total, gib<<30)
+}
+
+// Slow sets why a device is slowed down, as nvmlClocksEventReason bits.
+func (h *Host) Slow(i int, reasons uint32) { atomic.StoreUint32(&h.s.devices[i].reasons, reasons) }
+
+// Prohibit sets the compute mode in which nothing can run.
+func (h *Host) Prohibit(i int, on bool) { set(&h.s.devices[i].prohibited, on) }
+
+// SpendRows leaves so many banks of memory without a spare row.
+func (h *Host) SpendRows(i, banks int) {
+	atomic.StoreUint32(&h.s.devices[i].spentBanks, uint32(banks))
+}
+
+// LeaveFabric takes a device off the NVLink fabric, or puts it back.
+func (h *Host) LeaveFabric(i int, off bool) { set(&h.s.devices[i].offFabric, off) }
 
 // Busy sets what a device does: the share of time in which a kernel runs, and what it draws.
 func (h *Host) Busy(i int, percent uint32, watts, celsius float64) {

@@ -3,9 +3,9 @@
 package nvml
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"runtime"
 	"slices"
 	"strconv"
 	"sync"
@@ -53,12 +53,24 @@ const (
 	symSetFree       = "nvmlEventSetFree"
 	symSupported     = "nvmlDeviceGetSupportedEventTypes"
 	symRegister      = "nvmlDeviceRegisterEvents"
+	symReasons       = "nvmlDeviceGetCurrentClocksEventReasons"
+	symPersistence   = "nvmlDeviceGetPersistenceMode"
+	symComputeMode   = "nvmlDeviceGetComputeMode"
+	symECCMode       = "nvmlDeviceGetEccMode"
+	symHistogram     = "nvmlDeviceGetRowRemapperHistogram"
+	symInfoROM       = "nvmlDeviceValidateInforom"
+	symSRAM          = "nvmlDeviceGetSramEccErrorStatus"
+	symFabric        = "nvmlDeviceGetGpuFabricInfoV"
+	symGen           = "nvmlDeviceGetCurrPcieLinkGeneration"
+	symMaxGen        = "nvmlDeviceGetMaxPcieLinkGeneration"
+	symProcesses     = "nvmlDeviceGetComputeRunningProcesses_v3"
 )
 
 var wanted = []string{
 	symDriverVersion, symCUDAVersion, symMemory2, symMemory, symPCI, symFields, symUtilization, symTemperature, symPowerLimit, symClock,
 	symWidth, symMaxWidth, symMargin, symLinkState, symLinkPCI, symLinkType, symAncestor, symMIGMode, symMIGCount, symMIGDevice, symInstance,
-	symSetCreate, symSetWait, symSetFree, symSupported, symRegister,
+	symSetCreate, symSetWait, symSetFree, symSupported, symRegister, symReasons, symPersistence, symComputeMode, symECCMode, symHistogram,
+	symInfoROM, symSRAM, symFabric, symGen, symMaxGen, symProcesses,
 }
 
 // Symbols lists every symbol of the library that may be called here.
@@ -66,29 +78,26 @@ func Symbols() []string { return append(slices.Clone(needed), wanted...) }
 
 // Driver is the open library.
 type Driver struct {
-	lib      nvml.Interface
-	has      map[string]bool
-	patience time.Duration
-	opening  time.Duration // patience while devices are woken
-
-	turn   chan struct{} // whoever holds it may give the thread something to do
-	work   chan func()
-	wedged atomic.Bool // the last call has not come back yet
+	lib     nvml.Interface
+	has     map[string]bool
+	thread  *thread
+	opening time.Duration // patience while devices are woken
 
 	// Held for reading while events are waited for, and for writing while the
 	// library is opened anew.
 	open sync.RWMutex
 
 	// What only the thread touches.
-	units        []*unit
-	readings     []gpu.Reading
-	stale        bool // the library has to be opened anew
-	anew         bool // because the driver under it was
-	bad          bool // a device is lost, or has to be reset
-	reopened     time.Time
-	again        time.Duration // after which time it is opened anew to see whether a bad device is well
-	oldFields    bool          // the driver refuses newer fields
-	driver, cuda string
+	units     []*unit
+	readings  []gpu.Reading
+	failed    error // of the last read
+	tiers     map[gpu.Tier]func()
+	stale     bool // the library has to be opened anew
+	anew      bool // because the driver under it was
+	bad       bool // a device is lost, or has to be reset
+	reopened  time.Time
+	again     time.Duration // after which time it is opened anew to see whether a bad device is well
+	oldFields bool          // the driver refuses newer fields
 
 	generation atomic.Int64 // of the driver
 	opened     atomic.Int64 // of our handles
@@ -110,7 +119,14 @@ type unit struct {
 	bad      bool // it was lost, or had to be reset, when it was read last
 	returned int  // how often it was well again after that
 
-	hot, warm []nvml.FieldValue
+	hot, warm     []nvml.FieldValue
+	answer        hotAnswer
+	raw, rawWhole pointer
+}
+
+// hold keeps the handles of a device, and of the whole that it is a part of.
+func (u *unit) hold(h, whole nvml.Device) {
+	u.handle, u.whole, u.raw, u.rawWhole = h, whole, raw(h), raw(whole)
 }
 
 // openingTimes is how much longer opening may take than another call: without
@@ -142,6 +158,7 @@ func Open(o Options) (*Driver, error) {
 	if err := probe.Open(); err != nil {
 		return nil, ErrUnavailable
 	}
+	find(path)
 	has := map[string]bool{}
 	for _, s := range Symbols() {
 		has[s] = probe.Lookup(s) == nil
@@ -151,31 +168,28 @@ func Open(o Options) (*Driver, error) {
 			return nil, fmt.Errorf("the NVIDIA driver is too old for this agent: its library has no %s", s)
 		}
 	}
-	d := &Driver{lib: nvml.New(nvml.WithLibraryPath(path)), has: has, patience: o.Patience, turn: make(chan struct{}, 1), work: make(chan func()), reopened: time.Now(), again: reopenEvery}
-	if d.patience == 0 {
-		d.patience = Patience
-	}
-	d.opening = openingTimes * d.patience
+	patience := cmp.Or(o.Patience, Patience)
+	d := &Driver{lib: nvml.New(nvml.WithLibraryPath(path)), has: has, thread: newThread(patience), opening: openingTimes * patience, reopened: time.Now(), again: reopenEvery}
+	d.tiers = map[gpu.Tier]func(){gpu.Hot: func() { d.failed = d.read(gpu.Hot) }, gpu.Warm: func() { d.failed = d.read(gpu.Warm) }}
 	d.versions.Store(&[2]string{})
-	go func() {
-		runtime.LockOSThread()
-		for f := range d.work {
-			f()
-		}
-	}()
 	var ret nvml.Return
-	if err := d.callFor(context.Background(), d.opening, func() { ret = d.lib.Init() }); err != nil {
+	if err := d.thread.doFor(context.Background(), d.opening, func() {
+		if ret = d.lib.Init(); ret == nvml.SUCCESS {
+			d.publish()
+		}
+	}); err != nil {
 		return nil, fmt.Errorf("initialise the NVIDIA driver library: %w", err)
 	}
+	d.thread.done()
 	if ret != nvml.SUCCESS {
-		close(d.work)
+		d.thread.end()
 		if ret == nvml.ERROR_DRIVER_NOT_LOADED {
 			return nil, ErrUnavailable
 		}
 		return nil, fmt.Errorf("initialise the NVIDIA driver library: %s", words(ret))
 	}
 	d.generation.Store(1)
-	return d, d.callFor(context.Background(), d.opening, d.publish)
+	return d, nil
 }
 
 // Missing lists the symbols that this driver lacks.
@@ -187,57 +201,15 @@ func (d *Driver) Missing() []string {
 func (d *Driver) Close() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	err := d.call(ctx, func() {
+	err := d.thread.do(ctx, func() {
 		if d.open.TryLock() { // somebody still waits for events: the process is about to end
 			_ = d.lib.Shutdown() // nothing can be done about a failure
 			d.open.Unlock()
 		}
 	})
 	if err == nil {
-		close(d.work)
-	}
-}
-
-// call has the thread do f and waits for it, but not for ever: then the error
-// wraps gpu.ErrWedged, and so it does for every call until f has come back. What
-// f writes must not be looked at before.
-func (d *Driver) call(ctx context.Context, f func()) error { return d.callFor(ctx, d.patience, f) }
-
-// callFor is call with another patience.
-func (d *Driver) callFor(ctx context.Context, patience time.Duration, f func()) error {
-	if d.wedged.Load() {
-		patience = time.Millisecond
-	}
-	t := time.NewTimer(patience)
-	defer t.Stop()
-	select {
-	case d.turn <- struct{}{}:
-	case <-t.C:
-		return gpu.ErrWedged
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	done := make(chan struct{})
-	d.work <- func() {
-		f()
-		d.wedged.Store(false)
-		<-d.turn
-		close(done)
-	}
-	select {
-	case <-done:
-		return nil
-	case <-t.C:
-		d.wedged.Store(true)
-		select {
-		case <-done: // it came back in this moment
-			d.wedged.Store(false)
-			return nil
-		default:
-		}
-		return gpu.ErrWedged
-	case <-ctx.Done():
-		return ctx.Err()
+		d.thread.done()
+		d.thread.end()
 	}
 }
 
@@ -254,23 +226,22 @@ func (d *Driver) Versions() (driver, cuda string) {
 // that are split. A device that does not answer is in the list with its fault,
 // under the index that the driver counts it at.
 func (d *Driver) Devices(ctx context.Context) ([]gpu.Device, error) {
-	var units []*unit
-	var err error
-	if wedged := d.callFor(ctx, d.opening, func() {
-		if units, err = d.list(); err == nil {
-			d.take(units)
+	var devices []gpu.Device
+	var failed error
+	if err := d.thread.doFor(ctx, d.opening, func() {
+		var units []*unit
+		if units, failed = d.list(); failed != nil {
+			return
 		}
-	}); wedged != nil {
-		return nil, wedged
-	}
-	if err != nil {
+		d.take(units)
+		for _, u := range units {
+			devices = append(devices, u.Device)
+		}
+	}); err != nil {
 		return nil, err
 	}
-	devices := make([]gpu.Device, len(units))
-	for i, u := range units {
-		devices[i] = u.Device
-	}
-	return devices, nil
+	defer d.thread.done()
+	return devices, failed
 }
 
 // take makes units the inventory.
@@ -332,7 +303,8 @@ func (d *Driver) unit(i int) *unit {
 		u.Fault = "the driver gives no UUID: " + words(ret)
 		return u
 	}
-	u.UUID, u.handle, u.whole = uuid, h, h
+	u.UUID = uuid
+	u.hold(h, h)
 	if u.Name, ret = h.GetName(); ret != nvml.SUCCESS {
 		u.Fault = "the driver gives no name: " + words(ret)
 	}
@@ -378,7 +350,8 @@ func (d *Driver) parts(whole *unit) []*unit {
 		if ret != nvml.SUCCESS {
 			continue
 		}
-		u := &unit{Device: gpu.Device{UUID: uuid, Index: whole.Index, Name: whole.Name + " MIG", Bus: whole.Bus, Node: -1}, handle: h, whole: whole.handle, mig: true, instance: -1}
+		u := &unit{Device: gpu.Device{UUID: uuid, Index: whole.Index, Name: whole.Name + " MIG", Bus: whole.Bus, Node: -1}, mig: true, instance: -1}
+		u.hold(h, whole.handle)
 		if d.has[symInstance] {
 			if id, ret := h.GetGpuInstanceId(); ret == nvml.SUCCESS {
 				u.instance = id
@@ -409,7 +382,7 @@ func words(ret nvml.Return) string {
 	case nvml.ERROR_IRQ_ISSUE:
 		return "the kernel found a problem with the device's interrupts"
 	case nvml.ERROR_LIB_RM_VERSION_MISMATCH:
-		return "library and kernel module of the driver are of different versions: restart the host"
+		return "library and kernel module of the driver are of different versions: restart the agent if the driver was just upgraded, else the host"
 	case nvml.ERROR_GPU_IS_LOST:
 		return "the device is lost"
 	case nvml.ERROR_RESET_REQUIRED:

@@ -37,3 +37,6 @@ func (*Driver) Events(context.Context, func(gpu.Fault)) error { return ErrUnavai
 
 // Missing is empty.
 func (*Driver) Missing() []string { return nil }
+
+// Details gives ErrUnavailable.
+func (*Driver) Details(context.Context, []string) ([]gpu.Detail, error) { return nil, ErrUnavailable }

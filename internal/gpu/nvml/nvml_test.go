@@ -285,6 +285,37 @@ func TestMIG(t *testing.T) {
 	}
 }
 
+func TestDetails(t *testing.T) {
+	h, d := host(t, 6, 0)
+	ds := devices(t, d)
+	h.Prohibit(0, true)
+	h.SpendRows(1, 3)
+	h.LeaveFabric(2, true)
+	h.UsedBy(3, 4711)
+	h.Use(3, 2<<30)
+	h.Lose(4, true)
+	var uuids []string
+	for _, x := range ds[:5] {
+		uuids = append(uuids, x.UUID)
+	}
+	details, err := d.Details(t.Context(), uuids)
+	if err != nil || len(details) != 4 {
+		t.Fatalf("%v, %+v", err, details)
+	}
+	for i, want := range []string{"its compute mode is prohibited: set it to default (nvidia-smi -c 0 -i " + h.UUID(0) + ")", "3 banks of its memory have no spare row left: have it replaced", "", ""} {
+		if got := details[i].Problem(); got != want {
+			t.Errorf("device %d: %q, not %q", i, got, want)
+		}
+	}
+	if why := gpu.GangProblem(details[1:4]); !strings.Contains(why, h.UUID(2)) || gpu.GangProblem(details[2:3]) != "" || gpu.GangProblem(details[:2]) != "" {
+		t.Error(why)
+	}
+	x := details[3]
+	if len(x.Processes) != 1 || x.Processes[0] != (gpu.Process{PID: 4711, Bytes: 2 << 30}) || !x.ECC.Now || !*x.Persistence || !*x.InfoROM || *x.SRAMWorn || x.PCIe[1] != 5 {
+		t.Errorf("%+v", x)
+	}
+}
+
 func TestAnOldDriverRefusesNewFields(t *testing.T) {
 	h, d := host(t, 1, 0)
 	devices(t, d)
@@ -323,6 +354,9 @@ func child(path string) {
 	}
 	if _, err := d.Links(context.Background()); err != nil {
 		fmt.Println("links:", err)
+	}
+	if _, err := d.Details(context.Background(), []string{ds[0].UUID}); err != nil {
+		fmt.Println("details:", err)
 	}
 	_ = d.Events(ctx, func(gpu.Fault) {})
 	d.Close()
@@ -380,6 +414,32 @@ func BenchmarkPoll8(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// The same, asked of the thread that does it.
+func BenchmarkRead8(b *testing.B) {
+	_, d := host(b, 8, 0)
+	devices(b, d)
+	dst := make([]gpu.Reading, 8)
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := d.Read(b.Context(), gpu.Hot, dst); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func TestASteadyPollAllocatesNothing(t *testing.T) {
+	_, d := host(t, 16, 0)
+	devices(t, d)
+	dst := make([]gpu.Reading, 16)
+	if n := testing.AllocsPerRun(100, func() {
+		if err := d.Read(t.Context(), gpu.Hot, dst); err != nil {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations in each", n)
 	}
 }
 

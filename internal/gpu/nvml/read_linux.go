@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"slices"
 	"time"
 
 	"github.com/NVIDIA/go-nvml/pkg/nvml"
@@ -45,16 +44,12 @@ var warmFields = []uint32{
 // Read takes the readings of a tier into dst; what a device does not tell is
 // NaN. The error names the devices that do not answer.
 func (d *Driver) Read(ctx context.Context, tier gpu.Tier, dst []gpu.Reading) error {
-	var got []gpu.Reading // a call that hangs may write its own later
-	var err error
-	if wedged := d.call(ctx, func() {
-		err = d.read(tier)
-		got = slices.Clone(d.readings)
-	}); wedged != nil {
-		return wedged
+	if err := d.thread.do(ctx, d.tiers[tier]); err != nil {
+		return err
 	}
-	copy(dst, got)
-	return err
+	defer d.thread.done()
+	copy(dst, d.readings)
+	return d.failed
 }
 
 func (d *Driver) read(tier gpu.Tier) error {
@@ -126,7 +121,8 @@ func (d *Driver) reopen() error {
 		u.refused = mute[u.Index] && d.readings[i].ResetRequired
 		n := now[u.UUID]
 		if u.gone = n == nil || n.handle == nil; !u.gone {
-			u.handle, u.whole, u.instance = n.handle, n.whole, n.instance
+			u.instance = n.instance
+			u.hold(n.handle, n.whole)
 		}
 	}
 	if d.anew { // else the other devices are what they were
@@ -136,51 +132,6 @@ func (d *Driver) reopen() error {
 	d.opened.Add(1)
 	d.publish()
 	return nil
-}
-
-// hot reads what is read every second.
-func (d *Driver) hot(u *unit, r *gpu.Reading) nvml.Return {
-	*r = gpu.Reading{ // what the other tier reads stays
-		UUID: u.UUID, Returned: u.returned, PowerLimit: r.PowerLimit, TemperatureMargin: r.TemperatureMargin, ClockSM: r.ClockSM, ClockMem: r.ClockMem,
-		PCIeWidth: r.PCIeWidth, NVLinksUp: r.NVLinksUp, NVLinks: r.NVLinks, NVLinkErrors: r.NVLinkErrors,
-	}
-	nan := math.NaN()
-	r.MemoryTotal, r.MemoryUsed, r.MemoryReserved, r.Utilization, r.Temperature = nan, nan, nan, nan, nan
-	total, used, reserved, answer := d.memory(u.handle)
-	if answer == nvml.SUCCESS {
-		r.MemoryTotal, r.MemoryUsed, r.MemoryReserved = float64(total), float64(used), reserved
-	}
-	fields, ret := d.fields(u.whole, &u.hot, hotFields)
-	if ret != nvml.SUCCESS {
-		answer = worse(answer, ret)
-	}
-	r.ECCCorrected, r.ECCUncorrected, r.MemoryTemperature = number(fields, 0), number(fields, 1), number(fields, 2)
-	r.Energy, r.PCIeReplays = number(fields, 3)*milli, number(fields, 4)
-	r.RemapsCorrected, r.RemapsUncorrected, r.RemapPending, r.RemapFailed = number(fields, 5), number(fields, 6), number(fields, 7), number(fields, 8)
-	r.Power, r.Recovery = number(fields, 10)*milli, number(fields, 11)
-	r.Throttled = [5]float64{number(fields, 9) * nano, nan, number(fields, 13) * nano, number(fields, 14) * nano, number(fields, 12) * nano}
-	if d.has[symUtilization] && !u.mig {
-		if v, ret := u.handle.GetUtilizationRates(); ret == nvml.SUCCESS {
-			r.Utilization = float64(v.Gpu) / 100
-		} else {
-			answer = worse(answer, ret)
-		}
-	}
-	if d.has[symTemperature] {
-		if v, ret := u.whole.GetTemperature(nvml.TEMPERATURE_GPU); ret == nvml.SUCCESS {
-			r.Temperature = float64(v)
-		}
-	}
-	r.Lost, r.ResetRequired = answer == nvml.ERROR_GPU_IS_LOST, answer == nvml.ERROR_RESET_REQUIRED
-	switch {
-	case r.Lost || r.ResetRequired:
-		u.bad, d.bad = true, true
-	case u.bad && answer == nvml.SUCCESS:
-		u.bad = false
-		u.returned++
-		r.Returned = u.returned
-	}
-	return answer
 }
 
 // worse keeps the answer that says most about the device's state.
@@ -212,11 +163,9 @@ func (d *Driver) memory(h nvml.Device) (total, used uint64, reserved float64, _ 
 	return m.Total, m.Used, math.NaN(), ret
 }
 
-// fields reads several numbers in one call; nil when there are none.
-func (d *Driver) fields(h nvml.Device, values *[]nvml.FieldValue, which []uint32) ([]nvml.FieldValue, nvml.Return) {
-	if !d.has[symFields] {
-		return nil, nvml.SUCCESS
-	}
+// prepare makes values ready to be read again, and says how many of them this
+// driver knows.
+func (d *Driver) prepare(values *[]nvml.FieldValue, which []uint32) int {
 	if *values == nil {
 		*values = make([]nvml.FieldValue, len(which))
 		for i, id := range which {
@@ -233,15 +182,7 @@ func (d *Driver) fields(h nvml.Device, values *[]nvml.FieldValue, which []uint32
 			n--
 		}
 	}
-	ret := h.GetFieldValues(v[:n])
-	if ret == nvml.ERROR_INVALID_ARGUMENT && !d.oldFields {
-		d.oldFields = true
-		return d.fields(h, values, which)
-	}
-	if ret != nvml.SUCCESS {
-		return nil, ret
-	}
-	return v, ret
+	return n
 }
 
 // number is one of the values that were read, NaN when there is none.
@@ -294,7 +235,10 @@ func (d *Driver) warm(u *unit, r *gpu.Reading) {
 	}
 	up, all := d.links(whole)
 	r.NVLinksUp, r.NVLinks = float64(up), float64(all)
-	fields, _ := d.fields(whole, &u.warm, warmFields) // the other tier judges what it answers
+	var fields []nvml.FieldValue
+	if n := d.prepare(&u.warm, warmFields); d.has[symFields] && whole.GetFieldValues(u.warm[:n]) == nvml.SUCCESS { // else the hot tier says what is wrong
+		fields = u.warm[:n]
+	}
 	for i := range r.NVLinkErrors {
 		r.NVLinkErrors[i] = number(fields, i)
 	}
@@ -322,12 +266,15 @@ func (d *Driver) links(h nvml.Device) (up, all int) {
 // gpu.Links, in the order of the inventory; nil where the driver does not tell.
 func (d *Driver) Links(ctx context.Context) ([][]int, error) {
 	var out [][]int
-	err := d.call(ctx, func() {
+	if err := d.thread.do(ctx, func() {
 		if d.has[symAncestor] {
 			out = d.matrix()
 		}
-	})
-	return out, err
+	}); err != nil {
+		return nil, err
+	}
+	defer d.thread.done()
+	return out, nil
 }
 
 func (d *Driver) matrix() [][]int {

@@ -22,6 +22,7 @@ struct device {
 	uint64_t total, used, reserved, corrected, uncorrected, energy, replays;
 	uint32_t lost, reset, recovery, utilization, power, temperature;
 	uint32_t remaps, remaps_bad, pending, failed, parts, links;
+	uint32_t reasons, prohibited, spent_banks, off_fabric, pid, unused;
 };
 
 struct event { uint32_t device, type; uint64_t data; uint32_t instance, unused; };
@@ -193,6 +194,37 @@ int nvmlDeviceGetEnforcedPowerLimit(struct handle *h, unsigned *p) { DEVICE(h); 
 int nvmlDeviceGetClockInfo(struct handle *h, int which, unsigned *mhz) { DEVICE(h); *mhz = which == 2 ? 2619 : 1980; return OK; }
 int nvmlDeviceGetCurrPcieLinkWidth(struct handle *h, unsigned *w) { DEVICE(h); *w = 16; return OK; }
 int nvmlDeviceGetMaxPcieLinkWidth(struct handle *h, unsigned *w) { DEVICE(h); *w = 16; return OK; }
+int nvmlDeviceGetCurrentClocksEventReasons(struct handle *h, unsigned long long *r_) { DEVICE(h); *r_ = d->reasons; return OK; }
+int nvmlDeviceGetPersistenceMode(struct handle *h, int *on) { DEVICE(h); *on = 1; return OK; }
+int nvmlDeviceGetComputeMode(struct handle *h, int *mode) { DEVICE(h); *mode = d->prohibited ? 2 : 0; return OK; }
+int nvmlDeviceGetEccMode(struct handle *h, int *now, int *next) { DEVICE(h); *now = *next = 1; return OK; }
+struct histogram { unsigned max, high, partial, low, none; };
+int nvmlDeviceGetRowRemapperHistogram(struct handle *h, struct histogram *v) {
+	DEVICE(h);
+	*v = (struct histogram){2560 - d->spent_banks, 0, 0, 0, d->spent_banks};
+	return OK;
+}
+int nvmlDeviceValidateInforom(struct handle *h) { DEVICE(h); return OK; }
+struct sram { unsigned version; unsigned long long counts[11]; unsigned exceeded; };
+int nvmlDeviceGetSramEccErrorStatus(struct handle *h, struct sram *v) { DEVICE(h); v->exceeded = 0; return OK; }
+struct fabric { unsigned version; unsigned char cluster[16]; unsigned status, clique; unsigned char state; unsigned health; };
+int nvmlDeviceGetGpuFabricInfoV(struct handle *h, struct fabric *v) {
+	DEVICE(h);
+	v->status = 0;
+	v->state = !st->switched ? 0 : d->off_fabric ? 2 : 3;
+	v->health = 2;
+	return OK;
+}
+int nvmlDeviceGetCurrPcieLinkGeneration(struct handle *h, unsigned *g) { DEVICE(h); *g = d->utilization ? 5 : 1; return OK; }
+int nvmlDeviceGetMaxPcieLinkGeneration(struct handle *h, unsigned *g) { DEVICE(h); *g = 5; return OK; }
+struct process { unsigned pid; unsigned long long used; unsigned gi, ci; };
+int nvmlDeviceGetComputeRunningProcesses_v3(struct handle *h, unsigned *n, struct process *p) {
+	DEVICE(h);
+	if (d->pid && *n < 1) return *n = 1, 7;
+	*n = d->pid ? 1 : 0;
+	if (d->pid) *p = (struct process){d->pid, d->used, 0xffffffff, 0xffffffff};
+	return OK;
+}
 struct margin { unsigned version; int margin; };
 int nvmlDeviceGetMarginTemperature(struct handle *h, struct margin *m) { DEVICE(h); m->margin = 87 - (int)d->temperature; return OK; }
 

@@ -25,7 +25,7 @@ func openDevices(ctx context.Context, s settings) (*host, error) {
 	if s.PretendGPUs > 0 {
 		return &host{list: gpu.Pretend(s.PretendGPUs, s.PretendType, s.ID)}, nil
 	}
-	d, err := nvml.Open(nvml.Options{})
+	d, err := nvml.Open(nvml.Options{Path: s.GPULibrary})
 	if err != nil {
 		return nil, fmt.Errorf("open the GPU driver: %w (set PRETEND_GPUS=1 to train on the CPU, for development)", err)
 	}
@@ -49,12 +49,13 @@ func (h *host) close() {
 	}
 }
 
-// watch gives what fills in a device's readings at a scrape, and what takes them
-// until its context ends.
-func (h *host) watch(health *gpu.Health, m *metrics.Agent, log *slog.Logger) (read func(*metrics.Device), poll func(context.Context)) {
+// watch gives what fills in a device's readings at a scrape, what looks at devices
+// before they are lent, and what polls until its context ends.
+func (h *host) watch(health *gpu.Health, m *metrics.Agent, log *slog.Logger) (read func(*metrics.Device), preflight func(context.Context, []string) error, poll func(context.Context)) {
 	if h.driver == nil {
-		return (&pretended{}).read, func(ctx context.Context) { <-ctx.Done() }
+		return (&pretended{}).read, nil, func(ctx context.Context) { <-ctx.Done() }
 	}
+	generation := h.driver.Generation()
 	p := &gpu.Poller{Source: h.driver, Health: health, Log: log, Polled: func(t gpu.Tier, took time.Duration, err error) {
 		tier := string(t)
 		m.PollSeconds.WithLabelValues(tier).Observe(took.Seconds())
@@ -62,6 +63,10 @@ func (h *host) watch(health *gpu.Health, m *metrics.Agent, log *slog.Logger) (re
 			m.PollLast.WithLabelValues(tier).SetToCurrentTime()
 		} else {
 			m.PollFailures.WithLabelValues(tier).Inc()
+		}
+		if g := h.driver.Generation(); g != generation {
+			m.Reopened.Add(float64(g - generation))
+			generation = g
 		}
 		m.Wedged.Set(0)
 		if errors.Is(err, gpu.ErrWedged) {
@@ -75,15 +80,21 @@ func (h *host) watch(health *gpu.Health, m *metrics.Agent, log *slog.Logger) (re
 		if s == nil {
 			return
 		}
+		d.Driver, d.CUDA = s.Driver, s.CUDA
+		if time.Since(s.At) > oldAfter {
+			return
+		}
 		for i := range s.Devices {
 			if s.Devices[i].UUID == d.UUID {
 				show(d, s.Devices[i], h.list[i], v.State == gpu.StateForeign)
-				d.Driver, d.CUDA = s.Driver, s.CUDA
 			}
 		}
 	}
-	return fill, func(ctx context.Context) { p.Run(ctx, h.list) }
+	return fill, p.Preflight, func(ctx context.Context) { p.Run(ctx, h.list) }
 }
+
+// oldAfter is when a reading is no news any more, and is not shown.
+const oldAfter = time.Minute
 
 // show puts what was read of a device into its metrics.
 func show(d *metrics.Device, r gpu.Reading, is gpu.Device, foreign bool) {

@@ -97,7 +97,7 @@ func lookAtDriver(s settings) finding {
 	if s.PretendGPUs > 0 {
 		return f
 	}
-	d, err := nvml.Open(nvml.Options{})
+	d, err := nvml.Open(nvml.Options{Path: s.GPULibrary})
 	if err != nil {
 		f.err, f.todo = err, "install NVIDIA's driver"
 		return f

@@ -90,6 +90,7 @@ type settings struct {
 	TrainerDir  string        `flag:"trainer-dir" env:"TRAINER_DIR" default:"/opt/lorayard/scripts/train" help:"directory that holds the package lora_train"`
 	PretendGPUs int           `flag:"pretend-gpus" env:"PRETEND_GPUS" default:"0" help:"for development: so many pretended GPUs, training on the CPU"`
 	PretendType string        `flag:"pretend-class" env:"PRETEND_CLASS" default:"A100-80GB" help:"class of the pretended GPUs"`
+	GPULibrary  string        `flag:"gpu-library" env:"GPU_LIBRARY" help:"path of NVIDIA's libnvidia-ml.so.1; empty: where the system has it"`
 	KernelLog   string        `flag:"kernel-log" env:"KERNEL_LOG" default:"/dev/kmsg" help:"where the GPU driver's worst errors are told; for tests a pipe, empty: nowhere"`
 	Backend     string        `flag:"backend" env:"TRAINER_BACKEND" default:"torch" help:"torch, or dry: a scripted run without torch, for development"`
 	DrySteps    int           `flag:"dry-steps" env:"DRY_STEPS" default:"20" help:"steps of a dry run"`
@@ -237,11 +238,11 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 		kernelLog = "" // it has nothing to say of them
 	}
 	streams := &presence.Client{Agent: s.ID, Boot: self.Boot, Version: version, Roots: roots, Log: log}
-	reading, poll := host.watch(health, m, log)
+	reading, preflight, poll := host.watch(health, m, log)
 	a := agent.New(agent.Parts{
 		Self: self, Store: st, Ledger: ledger, Health: health, Places: places, Runner: runner, Metrics: m, Trace: spans, Log: log,
 		Config:   agent.Config{Lease: s.Lease, Renew: s.Renew, OutOfTouch: s.OutOfTouch, HandOver: s.HandOver},
-		NewNonce: uuid.NewString, Reading: reading,
+		NewNonce: uuid.NewString, Reading: reading, Preflight: preflight,
 		Dispatchers: func(addresses []string) {
 			streams.SetAddresses(addresses)
 			if err := runner.Announce(addresses); err != nil {

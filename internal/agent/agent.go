@@ -79,6 +79,9 @@ type Parts struct {
 	Reading func(*metrics.Device)
 	// Trace is told of accepts; nil: nobody is.
 	Trace *trace.Tracer
+	// Preflight looks at devices before an attempt is accepted; the error says why
+	// it could not run on them. It comes back within a second. nil: no look.
+	Preflight func(ctx context.Context, uuids []string) error
 	// Jitter turns a pause into the one that is made; nil leaves it. The
 	// simulation gives every pause a moment of its own.
 	Jitter func(time.Duration) time.Duration
@@ -385,6 +388,13 @@ func (a *Agent) Accept(ctx context.Context, t job.Task) error {
 	if err != nil {
 		a.Metrics.Accepts.WithLabelValues("refused").Inc()
 		return fmt.Errorf("reserve devices of %s: %w", t.Ref, err)
+	}
+	if a.Preflight != nil {
+		if err := a.Preflight(ctx, t.Devices); err != nil {
+			a.Ledger.Release(res)
+			a.Metrics.Accepts.WithLabelValues("refused").Inc()
+			return fmt.Errorf("look at the devices of %s: %w", t.Ref, err)
+		}
 	}
 	ref := t.Ref
 	ref.Nonce = a.NewNonce()

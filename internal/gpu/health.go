@@ -40,7 +40,7 @@ type Health struct {
 	judge   *Judge
 	buses   map[string]string // UUIDs by PCI address
 	strange map[string]bool   // addresses that the kernel log spoke of in vain
-	unread  map[string]string // what the driver could not tell of a device at the start: no verdict takes it back
+	unread  map[string]string // why the driver lets nothing run on a device: no verdict takes it back, see Unfit
 
 	// A disk may be slow; nobody who ends a job waits for it.
 	disk    sync.Mutex
@@ -90,6 +90,20 @@ func OpenHealth(c HealthConfig) (*Health, error) {
 		h.offer(h.Verdict(d.UUID))
 	}
 	return h, nil
+}
+
+// Remembered is what an agent that used a data directory thought of its
+// devices, those that it listed and that are not there any more included.
+func Remembered(dir string) []Verdict {
+	saved, err := os.ReadFile(filepath.Join(dir, memoryFile))
+	if err != nil {
+		return nil
+	}
+	j, err := NewJudge(BootID(), saved)
+	if err != nil {
+		return nil
+	}
+	return j.Verdicts()
 }
 
 // Listen has lost called first of all when whatever runs on a device is lost,
@@ -265,6 +279,29 @@ func (h *Health) Kernel(l KernelLine) {
 // Facts hears what a poll found out about a device.
 func (h *Health) Facts(uuid string, f Facts) {
 	h.do(func(j *Judge, now time.Time) { j.Facts(now, uuid, f) })
+}
+
+// Unfit hears why a device can run nothing though nothing is wrong with it, or,
+// when why is empty, that it can again.
+func (h *Health) Unfit(uuid, why string) {
+	h.mu.Lock()
+	if h.unread[uuid] == why {
+		h.mu.Unlock()
+		return
+	}
+	if why == "" {
+		delete(h.unread, uuid)
+		h.Log.Info("device can be used again", "device", uuid)
+	} else {
+		h.unread[uuid] = why
+		h.Log.Error("device cannot be used", "device", uuid, "err", why)
+	}
+	v, changed := h.judge.Verdict(uuid), h.changed
+	h.offer(v)
+	h.mu.Unlock()
+	if changed != nil {
+		changed(Change{Verdict: v, Before: v.State})
+	}
 }
 
 // Lent hears that a job has devices.

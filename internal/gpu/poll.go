@@ -16,7 +16,12 @@ import (
 const (
 	hotEvery  = time.Second
 	warmEvery = 15 * time.Second
+	coldEvery = time.Minute
 )
+
+// preflightLimit bounds how long a job waits for the look at its devices; a
+// driver that takes longer is busy, and the job begins without it.
+const preflightLimit = time.Second
 
 // Tier is a group of readings that are taken together.
 type Tier string
@@ -25,6 +30,7 @@ type Tier string
 const (
 	Hot  Tier = "hot"  // once a second: memory, power, errors, the driver's own verdict
 	Warm Tier = "warm" // every 15 s: clocks, links
+	Cold Tier = "cold" // every minute, and before a device is lent: see Detail
 )
 
 // ErrWedged says that a call of the driver has not come back, so that nothing
@@ -42,6 +48,8 @@ type Source interface {
 	// each device of the inventory, in its order. A device that does not answer
 	// keeps what is not known as NaN.
 	Read(ctx context.Context, tier Tier, dst []Reading) error
+	// Details reads the cold tier; a device that does not answer is left out.
+	Details(ctx context.Context, uuids []string) ([]Detail, error)
 	// Generation grows when the driver was loaded anew.
 	Generation() int
 	// Events hands over what the driver tells unasked, until ctx ends.
@@ -60,13 +68,24 @@ type Poller struct {
 
 	snapshot atomic.Pointer[Snapshot]
 	risen    []risen
+
+	devices []Device
+	slowed  []float64 // seconds of hw_slowdown, which no counter of the driver has
+	at      time.Time // of the last readings of the hot tier
+	wedged  bool
+	coldAt  time.Time // when the cold tier is due
+	unfit   []string  // UUIDs
 }
 
 // risen makes counters that go on where a driver that was loaded anew begins
 // again at nothing.
 type risen struct{ base, last [counters]float64 }
 
-const counters = 14
+const (
+	counters         = 14
+	throttledHW      = 1 // in Throttles
+	reasonHWSlowdown = 8 // nvmlClocksEventReasonHwSlowdown
+)
 
 // pointers are the counters of a reading.
 func (r *Reading) pointers() [counters]*float64 {
@@ -106,16 +125,19 @@ func (p *Poller) Run(ctx context.Context, devices []Device) {
 	for i, d := range devices {
 		readings[i] = BlankReading(d.UUID)
 	}
+	p.devices, p.slowed = devices, make([]float64, len(devices))
 	tick := time.NewTicker(hotEvery)
 	defer tick.Stop()
 	failing := map[Tier]string{}
 	for warmAt := time.Now(); ; {
-		tiers := []Tier{Hot}
-		if now := time.Now(); !now.Before(warmAt) {
-			tiers, warmAt = append(tiers, Warm), now.Add(warmEvery)
+		p.poll(ctx, Hot, readings, failing)
+		if now := time.Now(); !p.wedged && !now.Before(warmAt) {
+			p.poll(ctx, Warm, readings, failing)
+			warmAt = now.Add(warmEvery)
 		}
-		for _, t := range tiers {
-			p.poll(ctx, t, readings, failing)
+		if now := time.Now(); !p.wedged && !now.Before(p.coldAt) {
+			p.coldAt = now.Add(coldEvery)
+			p.cold(ctx, failing)
 		}
 		select {
 		case <-ctx.Done():
@@ -128,25 +150,124 @@ func (p *Poller) Run(ctx context.Context, devices []Device) {
 func (p *Poller) poll(ctx context.Context, t Tier, readings []Reading, failing map[Tier]string) {
 	began := time.Now()
 	err := p.Source.Read(ctx, t, readings)
-	if p.Polled != nil {
-		p.Polled(t, time.Since(began), err)
+	if ctx.Err() != nil {
+		return
 	}
+	p.polled(t, time.Since(began), err)
 	p.complain(ctx, t, err, failing)
-	if errors.Is(err, ErrWedged) {
+	p.wedge(errors.Is(err, ErrWedged))
+	if p.wedged {
 		return // what was read is old, and the call that hangs may still write
+	}
+	if t == Hot {
+		p.passed(began, readings)
 	}
 	generation := p.Source.Generation()
 	driver, cuda := p.Source.Versions()
 	seen := slices.Clone(readings)
 	for i := range seen {
+		seen[i].Throttled[throttledHW] = p.slowed[i]
 		p.risen[i].raise(&seen[i])
 	}
-	p.snapshot.Store(&Snapshot{At: began, Generation: generation, Driver: driver, CUDA: cuda, Devices: seen})
+	p.snapshot.Store(&Snapshot{At: p.at, Generation: generation, Driver: driver, CUDA: cuda, Devices: seen})
 	if t == Hot {
 		for _, r := range readings {
 			p.Health.Facts(r.UUID, r.Facts(generation))
 		}
 	}
+}
+
+func (p *Poller) polled(t Tier, took time.Duration, err error) {
+	if p.Polled != nil {
+		p.Polled(t, took, err)
+	}
+}
+
+// passed adds up the time for which the hardware said that it slows down.
+func (p *Poller) passed(now time.Time, readings []Reading) {
+	if d := now.Sub(p.at).Seconds(); !p.at.IsZero() && d > 0 {
+		for i, r := range readings {
+			if r.Reasons&reasonHWSlowdown != 0 {
+				p.slowed[i] += d
+			}
+		}
+	}
+	p.at = now
+}
+
+// wedge takes all devices out of use while the driver does not answer: what
+// runs may go on, but nobody could see how.
+func (p *Poller) wedge(on bool) {
+	if p.wedged == on {
+		return
+	}
+	p.wedged = on
+	why := ""
+	if on {
+		why = "the GPU driver does not answer: restart the host when what runs has ended"
+	}
+	for _, d := range p.devices {
+		if d.Fault == "" { // else the inventory has why it is not used
+			p.Health.Unfit(d.UUID, why)
+		}
+	}
+	p.unfit, p.coldAt = nil, time.Time{} // the next look at details says it again
+}
+
+// cold looks at what would keep a job from running.
+func (p *Poller) cold(ctx context.Context, failing map[Tier]string) {
+	var uuids []string
+	for _, d := range p.devices {
+		uuids = append(uuids, d.UUID)
+	}
+	began := time.Now()
+	ds, err := p.Source.Details(ctx, uuids)
+	if ctx.Err() != nil {
+		return
+	}
+	p.polled(Cold, time.Since(began), err)
+	p.complain(ctx, Cold, err, failing)
+	if err != nil {
+		return
+	}
+	var unfit []string
+	for _, d := range ds {
+		switch why := d.Problem(); {
+		case why != "":
+			unfit = append(unfit, d.UUID)
+			p.Health.Unfit(d.UUID, why)
+		case slices.Contains(p.unfit, d.UUID):
+			p.Health.Unfit(d.UUID, "")
+		}
+	}
+	p.unfit = unfit
+}
+
+// Preflight looks at devices before they are lent. The error, an
+// *UnavailableError, says what would keep a job from running on them.
+func (p *Poller) Preflight(ctx context.Context, uuids []string) error {
+	ctx, cancel := context.WithTimeout(ctx, preflightLimit)
+	defer cancel()
+	ds, err := p.Source.Details(ctx, uuids)
+	if err != nil {
+		p.Log.WarnContext(ctx, "devices are lent without a look at them", "err", err)
+		return nil
+	}
+	bad := map[string]string{}
+	for _, d := range ds {
+		if why := d.Problem(); why != "" {
+			bad[d.UUID] = why
+		}
+	}
+	if why := GangProblem(ds); why != "" {
+		for _, u := range uuids {
+			bad[u] = why
+		}
+	}
+	if len(bad) > 0 {
+		return &UnavailableError{Reasons: bad}
+	}
+	return nil
 }
 
 // complain says once what is wrong, and once that it is over.

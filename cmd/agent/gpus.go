@@ -135,6 +135,12 @@ func gpuReader(ctx context.Context, dataDir string) (look func() ([]seenGPU, []s
 		}
 		for _, d := range status.Devices {
 			i, ok := known[d.UUID]
+			if unnamed := fmt.Sprintf("unknown-%d", d.Index); !ok {
+				// The driver does not tell the name of a device that is lost.
+				if i, ok = known[unnamed]; ok {
+					out[i].UUID, out[i].Name = d.UUID, d.Name
+				}
+			}
 			if !ok {
 				i = len(out)
 				out = append(out, seenGPU{Index: d.Index, UUID: d.UUID, Name: d.Name})

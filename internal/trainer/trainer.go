@@ -100,7 +100,7 @@ const (
 // Start writes the plan into its run directory and starts the child. devices
 // are UUIDs; empty means that the trainer uses the CPU.
 func (t *Trainer) Start(plan wire.Plan, devices []string, environ []string, o Options) (*Run, error) {
-	plan.Backend, plan.Dry = t.Backend, t.Dry
+	plan.Backend, plan.Dry, plan.Devices = t.Backend, t.Dry, max(1, len(devices))
 	dir := plan.RunDir
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the run directory: %w", err)

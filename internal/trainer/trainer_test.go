@@ -3,6 +3,7 @@
 package trainer_test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -119,6 +120,29 @@ func until(t *testing.T, r *trainer.Run, seq, after uint64) (last wire.Event) {
 }
 
 const toTheEnd = 1 << 62
+
+func TestTheTrainerLearnsItsDevices(t *testing.T) {
+	tr, p := fake(t, `echo "$CUDA_VISIBLE_DEVICES" > "$HOME/seen"`)
+	r, err := tr.Start(p, []string{"GPU-a", "GPU-b"}, os.Environ(), trainer.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range r.Events() {
+	}
+	_ = r.Wait()
+	seen, err := os.ReadFile(filepath.Join(p.RunDir, "seen"))
+	if err != nil || string(seen) != "GPU-a,GPU-b\n" {
+		t.Fatalf("the trainer saw %q, %v", seen, err)
+	}
+	raw, err := os.ReadFile(filepath.Join(p.RunDir, "plan.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var written wire.Plan
+	if err := json.Unmarshal(raw, &written); err != nil || written.Devices != 2 {
+		t.Fatalf("the plan says %d devices, %v", written.Devices, err)
+	}
+}
 
 func TestARunThatIsHandedOnLosesNoEvent(t *testing.T) {
 	// So fast that the pipe is never empty: it is cut anywhere.

@@ -29,7 +29,8 @@ type Plan struct {
 	Attempt                int             `json:"attempt"`
 	Backend                string          `json:"backend"` // torch or dry
 	RunDir                 string          `json:"run_dir"`
-	Device                 string          `json:"device"` // cpu or cuda
+	Device                 string          `json:"device"`  // cpu or cuda
+	Devices                int             `json:"devices"` // how many, each with a process of its own
 	BaseModel              BaseModel       `json:"base_model"`
 	Data                   Data            `json:"data"`
 	Hyperparameters        Hyperparameters `json:"hyperparameters"`

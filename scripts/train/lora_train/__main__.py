@@ -75,7 +75,7 @@ def train(path: Path, events: int | None, commands: int | None) -> int:
     if checked.backend == "dry":
         from lora_train.backends import dry as backend
     else:
-        from lora_train import loop as backend
+        from lora_train import ranks as backend
     code = session.perform(one, backend.run)
     heart.close()
     emit.close()

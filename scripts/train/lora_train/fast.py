@@ -34,6 +34,28 @@ NORMS = {
 }
 
 
+def choose(
+    forward: packing.Forward,
+    examples: Sequence[render.Sequence],
+    slow: Sequence[str],
+    say: Callable[[str, str], None],
+) -> None:
+    """Decide how a rank computes: what can be proved is fast, the rest is slow.
+
+    `say` is told in words what is slow that need not be, with a code for it.
+    """
+    wanted = "the plan wants it so" if "packing" in slow else ""
+    if why := wanted or forward.use_packing(examples):
+        say(f"sequences are padded, not packed: {why}", "varlen_fallback")
+        if odd := forward.check_padding(examples):
+            say(f"sequences are not even padded, but one by one: {odd}", "varlen_fallback")
+
+    def warn(why: str) -> None:
+        say(f"layers are not exchanged for faster ones: {why}", "fastpath_disabled")
+
+    use(forward, examples, slow, warn)
+
+
 def use(
     forward: packing.Forward,
     examples: Sequence[render.Sequence],

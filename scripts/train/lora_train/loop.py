@@ -28,7 +28,6 @@ from lora_train import (
     curve,
     data,
     export,
-    fast,
     health,
     memory,
     merge,
@@ -46,9 +45,11 @@ from lora_train import (
 )
 from lora_train.failure import Failure, is_out_of_memory
 from lora_train.history import FILE, History
+from lora_train.ranks import Ranks
 from lora_train.render import Renderer, Sequence
 from lora_train.session import Session, library_versions
 from lora_train.stop import Preempted
+from lora_train.work import Work
 
 CLIP = 1.0  # of the gradient's norm
 BUDGET = 8192  # tokens in a micro-batch
@@ -60,9 +61,10 @@ BEST = "best.safetensors"
 T = TypeVar("T")
 
 
-def run(session: Session) -> None:
+def run(session: Session, ranks: Ranks) -> None:
     """Train one adapter; raises Preempted or Failure."""
-    trainer = _Trainer(session)
+    trainer = _Trainer(session, ranks)
+    ranks.load()
     try:
         trainer.read()
         with trainer.preparing:
@@ -102,8 +104,8 @@ class _State:
 
 
 class _Trainer:
-    def __init__(self, session: Session) -> None:
-        self.session, self.plan = session, session.plan
+    def __init__(self, session: Session, ranks: Ranks) -> None:
+        self.session, self.plan, self.ranks = session, session.plan, ranks
         self.emit, self.stop, self.clock = session.emit, session.stop, session.clock
         self.h = self.plan.hyperparameters
         self.state, self.history = _State(), History()
@@ -163,7 +165,8 @@ class _Trainer:
         self.stop.check()
         if self.plan.sanity:
             sanity.check(self.session)
-        self.model = model.load(self.plan)
+        self.model = model.load(self.plan, on_host=self.ranks.sharded)
+        self.ranks.connect(self.model)
         self._take(self.preparing.result(self.emit.alive))
         self.parameters = model.trainable(self.model)
         self.optimizer = optimizer.Optimizer(self.parameters, self.h.weight_decay)
@@ -171,15 +174,8 @@ class _Trainer:
         self.beginning = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         self._resume()
         self.forward = packing.Forward(self.model, self.plan.device)
-        slow = self.plan.slow_paths
-        wanted = "the plan wants it so" if "packing" in slow else ""
-        if why := wanted or self.forward.use_packing(self.train_set):
-            self.emit.log("warn", f"sequences are padded, not packed: {why}", "varlen_fallback")
-            if odd := self.forward.check_padding(self.train_set):
-                said = f"sequences are not even padded, but one by one: {odd}"
-                self.emit.log("warn", said, "varlen_fallback")
-        self.stop.check()
-        fast.use(self.forward, self.train_set, slow, self._say_slow)
+        work = Work(self.forward, self.plan.device, self.stop.check, self.emit.alive)
+        self.ranks.join(work, self.train_set)
         planned = self._plan_memory()
         self.emit.send(
             "plan",
@@ -197,15 +193,11 @@ class _Trainer:
             memory_plan=planned,
         )
 
-    def _say_slow(self, why: str) -> None:
-        said = f"layers are not exchanged for faster ones: {why}"
-        self.emit.log("warn", said, "fastpath_disabled")
-
     def _plan_memory(self) -> dict[str, int | bool]:
         """Set the tokens of a micro-batch, and whether activations are recomputed."""
         st, base, device = self.state, self.forward.base, self.plan.device
-        if st.recompute:
-            memory.recompute(base)
+        if st.recompute or (self.ranks.sharded and not st.budget):
+            st.recompute = memory.recompute(base)
         moments = sum(8 * p.numel() for p in self.parameters.values())
         meter = probe.meter_of(device)
         planned, total = probe.Planned(st.budget or BUDGET, st.recompute, probe.Need(), True), 0
@@ -235,7 +227,7 @@ class _Trainer:
             self.model.train()
             try:
                 some = probe.documents(self.train_set, tokens, longest)
-                self.forward.nll(some).backward()
+                self.ranks.trial(some, self.state.recompute)
                 self.emit.alive()
             finally:
                 self.optimizer.zero_grad()
@@ -444,7 +436,7 @@ class _Trainer:
         # The device is still busy: time to make the next step's rows.
         if step < self.total:
             self.ahead = step + 1, self._examples(step + 1)
-            self.forward.prepare(self._groups(self.ahead[1]))
+            self.forward.prepare(self.ranks.mine(self.ahead[1], self.state.budget))
         # The only place in a step where the host waits for the device.
         loss, length = both.tolist()
         return loss, length
@@ -453,22 +445,9 @@ class _Trainer:
         self, step: int, batch: list[Sequence], loss_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill the gradients of a step, clipped; its loss and their norm, on the device."""
-        torch.manual_seed(schedule.step_seed(self.h.seed, step))
-        self.model.train()
-        self.optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
-        for group in self._groups(batch):
-            self.stop.check()
-            part = self.forward.nll(group) / loss_tokens
-            part.backward()
-            total += part.detach()
-            self.emit.alive()
+        st = self.state
+        total = self.ranks.gradients(batch, loss_tokens, step, st.budget, st.recompute)
         return total, torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
-
-    def _groups(self, those: list[Sequence]) -> list[list[Sequence]]:
-        """The sequences in micro-batches."""
-        groups = self.forward.groups([len(s.tokens) for s in those], self.state.budget)
-        return [[those[i] for i in group] for group in groups]
 
     def _fitting(self, batch: list[Sequence], work: Callable[[], T]) -> T:
         """Do the work again in smaller pieces for as long as memory runs out."""
@@ -485,7 +464,7 @@ class _Trainer:
 
     def _lower(self, lengths: list[int]) -> None:
         """The next rung of the ladder."""
-        st, groups = self.state, self.forward.groups
+        st, groups = self.state, self.ranks.groups
         said = f"out of memory at {memory.largest(groups, lengths, st.budget):,} tokens"
         if smaller := memory.smaller_budget(groups, lengths, st.budget):
             st.budget = smaller
@@ -537,16 +516,10 @@ class _Trainer:
 
     def _mean_loss(self, those: list[Sequence]) -> float:
         """Mean loss of a trained token without training on it."""
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.plan.device)
-        lengths = [len(s.tokens) for s in those]
-        self.emit.expect(self.pace.allowed(sum(lengths)))
-        with torch.no_grad():
-            for group in self._groups(those):
-                self.stop.check()
-                total += self.forward.nll(group)
-                self.emit.alive()
-        return total.item() / sum(s.loss_tokens for s in those)
+        st = self.state
+        self.emit.expect(self.pace.allowed(sum(len(s.tokens) for s in those)))
+        total = self.ranks.held(those, st.budget, st.recompute)
+        return total / sum(s.loss_tokens for s in those)
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at the ends of epochs and between; after a resume what was missed."""
@@ -710,8 +683,11 @@ class _Trainer:
         """
         those = self.held_set or self.train_set
         batch = [those[i] for i in reload.batch_of([len(s.tokens) for s in those])]
+        spread = self.ranks.sharded
+        batch = batch[:1] if spread else batch  # a host is slow
         expected = self._fitting(batch, lambda: self._mean_loss(batch))
-        if self.plan.device == "cuda":  # the other process needs the room
+        self.ranks.close()
+        if self.plan.device == "cuda" and not spread:  # the other process needs the room
             self.optimizer.close()
             self.model.to("meta")
             torch.cuda.empty_cache()
@@ -721,7 +697,7 @@ class _Trainer:
             self.emit.alive()
 
         parts = [reload.Part(s.tokens, s.trained) for s in batch]
-        loss = reload.prove(self.plan, adapter, parts, expected, alive)
+        loss = reload.prove(self.plan, adapter, parts, expected, alive, on_host=spread)
         self.emit.log(
             "info",
             f"read again from disk, the adapter has a loss of {loss:.4f} on "

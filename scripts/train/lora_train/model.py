@@ -45,8 +45,11 @@ def tokenizer_of(path: Path) -> Any:  # noqa: ANN401
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def load(plan: Plan) -> torch.nn.Module:
-    """The base model with a fresh adapter, on the plan's device, base weights frozen."""
+def load(plan: Plan, on_host: bool = False) -> torch.nn.Module:
+    """The base model with a fresh adapter, on the plan's device, base weights frozen.
+
+    With `on_host` it stays in the host's memory, where its files are only mapped.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -83,7 +86,7 @@ def load(plan: Plan) -> torch.nn.Module:
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
-    return model.to(plan.device)
+    return model if on_host else model.to(plan.device)
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

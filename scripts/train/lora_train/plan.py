@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +90,8 @@ class Plan:
     data: Data
     hyperparameters: Hyperparameters
     device: str = "cpu"
+    devices: int = 1  # one rank each; CUDA_VISIBLE_DEVICES names them
+    shard: bool = False  # spread the base model over the devices even if it fits one
     validation_fraction: float = 0.05
     checkpoint_every_steps: int = 0
     checkpoint_every_seconds: float = 60.0
@@ -169,6 +171,8 @@ def parse(raw: dict[str, Any]) -> Plan:
         "checkpoint_every_steps": r.integer("checkpoint_every_steps", 0, low=0),
         "checkpoint_every_seconds": r.number("checkpoint_every_seconds", 60.0, low=0),
         "keep_checkpoints": r.integer("keep_checkpoints", 2, low=1, high=1000),
+        "devices": r.integer("devices", 1, low=1, high=64),
+        "shard": r.boolean("shard", False),
         "threads": r.integer("threads", 0, low=0, high=1024),
         "sanity": r.boolean("sanity", False),
         "merged": r.boolean("merged", False),
@@ -203,6 +207,12 @@ def parse(raw: dict[str, Any]) -> Plan:
         dry=Dry(**dry),
         **rest,
     )
+
+
+def plain(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values that `parse` reads."""
+    value = {k: v for k, v in asdict(plan).items() if v is not None}
+    return json.loads(json.dumps({"v": VERSION, **value}, default=str))
 
 
 def _known(value: T | None) -> T:

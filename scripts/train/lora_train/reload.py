@@ -55,15 +55,18 @@ def prove(
     parts: Sequence[Part],
     expected: float,
     alive: Callable[[], None] = lambda: None,
+    on_host: bool = False,
 ) -> float:
     """The loss of the adapter as a fresh process reads it; Failure when it is not `expected`.
 
     `alive` runs several times a second and may raise; the process ends with it.
+    `on_host` is for a base model that fits no single device.
     """
     asked = {
         "base": str(plan.base_model.path),
         "adapter": str(adapter),
-        "device": plan.device,
+        "device": "cpu" if on_host else plan.device,
+        "half": plan.device == "cuda",
         "threads": plan.threads,
         "parts": [{"tokens": list(p.tokens), "trained": list(map(bool, p.trained))} for p in parts],
     }
@@ -157,7 +160,7 @@ def measure(asked: dict[str, Any]) -> float:
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        dtype=torch.bfloat16 if asked["half"] else torch.float32,
     )
     model = PeftModel.from_pretrained(base, where).eval().to(device)
     wanted = {

@@ -64,7 +64,8 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The random state in which a step begins: dropout follows from this alone."""
-    digest = hashlib.sha256(f"step:{seed}:{step}".encode()).digest()
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The random state in which a step begins on a rank: dropout follows from this alone."""
+    key = f"step:{seed}:{step}" + (f":{rank}" if rank else "")
+    digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -137,8 +137,8 @@ class Played:
 
 def play(plan: dict[str, Any]) -> Played:
     """Train in this process, where a test can put something wrong in the way."""
-    from lora_train import loop, session, wire
     from lora_train import plan as plans
+    from lora_train import ranks, session, wire
     from lora_train.stop import Stop
 
     one = plans.parse(plan)
@@ -146,7 +146,7 @@ def play(plan: dict[str, Any]) -> Played:
     path = one.run_dir / "events.jsonl"
     emit = wire.Emitter(job=one.job, attempt=one.attempt, path=path)
     with forks.reading():
-        code = session.perform(session.Session(one, emit, Stop()), loop.run)
+        code = session.perform(session.Session(one, emit, Stop()), ranks.run)
     emit.close()
     return Played(code, [json.loads(line) for line in path.read_text().splitlines()])
 

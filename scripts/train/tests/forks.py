@@ -79,6 +79,7 @@ def _train(plan: Path, events: Any, stderr: Path, server: str) -> None:
     from lora_train import __main__ as main
     from lora_train import wire
 
+    os.setpgid(0, 0)
     _redirect(stderr, 2)
     os.dup2(events.fileno(), wire.EVENTS_FD)
     os.chdir(ROOT)
@@ -107,6 +108,26 @@ def _read(question: Any, answer: Any) -> None:
     os.dup2(answer.fileno(), 1)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     reload.main()
+
+
+class Rank(Child):
+    """A rank beside this one; `odd` is something that happens to it."""
+
+    odd = ""
+
+    def __init__(self, end: int, _: dict[str, str]) -> None:
+        _started()
+        with multiprocessing.connection.Connection(os.dup(end)) as to:
+            super().__init__(_serve, to, self.odd)
+
+
+def _serve(to: Any, odd: str) -> None:
+    from odd_rank import patch
+
+    from lora_train import rank
+
+    os.chdir(ROOT)
+    rank.serve(os.dup(to.fileno()), lambda: patch(odd))
 
 
 def _redirect(path: Path, fd: int) -> None:

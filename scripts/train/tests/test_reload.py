@@ -24,7 +24,14 @@ def copied(reference: Run, tmp_path: Path) -> Path:
 def asked(reference: Run, adapter: Path) -> dict:
     base = json.loads((reference.dir / "plan.json").read_text())["base_model"]["path"]
     parts = [{"tokens": p.tokens, "trained": p.trained} for p in PARTS]
-    return {"base": base, "adapter": adapter, "device": "cpu", "threads": 1, "parts": parts}
+    return {
+        "base": base,
+        "adapter": adapter,
+        "device": "cpu",
+        "half": False,
+        "threads": 1,
+        "parts": parts,
+    }
 
 
 def rewritten(adapter: Path, **over: bytes) -> None:

@@ -52,8 +52,8 @@ func (x *run) prepare(ctx context.Context) (wire.Plan, error) {
 	}
 	return wire.Plan{
 		Job: string(x.as.Ref.Job), Attempt: x.as.Ref.Attempt, RunDir: x.dir, Device: device,
-		BaseModel: wire.BaseModel{Name: s.BaseModel, Path: model},
-		Data:      wire.Data{Path: path, SHA256: digest, TooLong: s.TooLong},
+		Quantisation: s.Quantisation, BaseModel: wire.BaseModel{Name: s.BaseModel, Path: model},
+		Data: wire.Data{Path: path, SHA256: digest, TooLong: s.TooLong},
 		Hyperparameters: wire.Hyperparameters{
 			LearningRate: s.LearningRate, BatchSize: s.BatchSize, Epochs: s.Epochs, Rank: s.Rank, Alpha: s.Alpha, Dropout: s.Dropout,
 			WarmupSteps: s.WarmupSteps, WeightDecay: s.WeightDecay, MaxSeqLength: s.MaxSeqLength, Seed: s.Seed,

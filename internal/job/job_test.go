@@ -86,6 +86,23 @@ func TestWhatTheTrainerDecidesMayBeSaid(t *testing.T) {
 	}
 }
 
+func TestFourBitsAreAskedForInEitherSpelling(t *testing.T) {
+	p := job.Policy{BaseModels: []string{"m"}}
+	for sent, want := range map[string]string{
+		`{}`: "", `{"quantization":"none"}`: "", `{"quantization":"nf4"}`: "nf4", `{"quantisation":"nf4"}`: "nf4",
+	} {
+		s, err := job.ParseSpec("fast", []byte(sent), []byte(`{}`), p)
+		if err != nil || s.Quantisation != want {
+			t.Errorf("%s: quantisation %q, %v, want %q", sent, s.Quantisation, err, want)
+		}
+	}
+	for _, sent := range []string{`{"quantization":"int8"}`, `{"quantization":"nf4","merged":true}`} {
+		if _, err := job.ParseSpec("fast", []byte(sent), []byte(`{}`), p); err == nil {
+			t.Errorf("%s is admitted", sent)
+		}
+	}
+}
+
 func TestHyperparametersMustBeAnObject(t *testing.T) {
 	for _, raw := range []string{`[]`, `"x"`, `3`, `null`, `{`, ``} {
 		_, err := job.ParseSpec("fast", []byte(raw), []byte(`{}`), policy)

@@ -27,6 +27,7 @@ type Spec struct {
 	WeightDecay  float64 `json:"weight_decay"`
 	MaxSeqLength int     `json:"max_seq_length"` // tokens
 	Seed         int64   `json:"seed"`
+	Quantisation string  `json:"quantisation,omitempty"` // of the base model: empty or nf4
 
 	TooLong               string `json:"too_long,omitempty"`                // what becomes of examples above MaxSeqLength; empty: the trainer's choice
 	EarlyStoppingPatience *int   `json:"early_stopping_patience,omitempty"` // evaluations without a gain, 0 for never; nil: the trainer's choice
@@ -122,6 +123,16 @@ func ParseSpec(presetID string, hyperparameters, gpuConfig []byte, p Policy) (Sp
 		s.EarlyStoppingPatience = &patience
 	}
 	s.Merged = r.yes(h, false, "merged")
+	s.Quantisation = r.text(h, "", "quantisation", "quantization")
+	if s.Quantisation == "none" {
+		s.Quantisation = ""
+	}
+	if s.Quantisation != "" && s.Quantisation != "nf4" {
+		r.fault("hyperparameters.quantization %q is not known: use none or nf4", s.Quantisation)
+	}
+	if s.Quantisation != "" && s.Merged {
+		r.fault("hyperparameters.merged is not possible with quantization %s: leave one of them out", s.Quantisation)
+	}
 	s.BaseModel = r.text(h, "", "base_model", "model")
 
 	if len(p.BaseModels) == 0 {

@@ -29,8 +29,9 @@ type Plan struct {
 	Attempt                int             `json:"attempt"`
 	Backend                string          `json:"backend"` // torch or dry
 	RunDir                 string          `json:"run_dir"`
-	Device                 string          `json:"device"`  // cpu or cuda
-	Devices                int             `json:"devices"` // how many, each with a process of its own
+	Device                 string          `json:"device"`                 // cpu or cuda
+	Devices                int             `json:"devices"`                // how many, each with a process of its own
+	Quantisation           string          `json:"quantisation,omitempty"` // of the base model: none or nf4
 	BaseModel              BaseModel       `json:"base_model"`
 	Data                   Data            `json:"data"`
 	Hyperparameters        Hyperparameters `json:"hyperparameters"`

@@ -306,6 +306,8 @@ class _Trainer:
             "backend": "torch",
             "data": self.plan.data.sha256,
             "base_model": self.plan.base_model.name,
+            # Left out where it was left out before there was a choice.
+            **({} if self.plan.quantisation == "none" else {"base": self.plan.quantisation}),
             "validation_fraction": self.plan.validation_fraction,
             "too_long": self.plan.data.too_long,
             "merge": self.plan.data.merge,

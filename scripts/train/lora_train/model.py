@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_train import quantise
 from lora_train.failure import Failure
 from lora_train.plan import Plan
 
@@ -50,6 +51,7 @@ def load(plan: Plan, on_host: bool = False) -> torch.nn.Module:
 
     With `on_host` it stays in the host's memory, where its files are only mapped.
     """
+    quantised = quantise.settings(plan.quantisation, plan.device)  # before peft is imported
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -62,7 +64,9 @@ def load(plan: Plan, on_host: bool = False) -> torch.nn.Module:
         trust_remote_code=False,
         use_safetensors=True,
         dtype=torch.bfloat16 if plan.device == "cuda" else torch.float32,
+        **quantised,
     )
+    quantise.settle(base)
     base.config.use_cache = False
     h = plan.hyperparameters
     torch.manual_seed(h.seed)

@@ -91,6 +91,7 @@ class Plan:
     hyperparameters: Hyperparameters
     device: str = "cpu"
     devices: int = 1  # one rank each; CUDA_VISIBLE_DEVICES names them
+    quantisation: str = "none"  # of the base model: none or nf4
     shard: bool = False  # spread the base model over the devices even if it fits one
     validation_fraction: float = 0.05
     checkpoint_every_steps: int = 0
@@ -172,6 +173,7 @@ def parse(raw: dict[str, Any]) -> Plan:
         "checkpoint_every_seconds": r.number("checkpoint_every_seconds", 60.0, low=0),
         "keep_checkpoints": r.integer("keep_checkpoints", 2, low=1, high=1000),
         "devices": r.integer("devices", 1, low=1, high=64),
+        "quantisation": r.choice("quantisation", ("none", "nf4"), "none"),
         "shard": r.boolean("shard", False),
         "threads": r.integer("threads", 0, low=0, high=1024),
         "sanity": r.boolean("sanity", False),
@@ -190,6 +192,11 @@ def parse(raw: dict[str, Any]) -> Plan:
         "ignore_sigterm": y.boolean("ignore_sigterm", False),
         "nonfinite_at_step": y.integer("nonfinite_at_step", 0, low=0),
     }
+    r.errors += [
+        f"{key} and quantisation exclude each other"
+        for key in ("shard", "merged")
+        if rest["quantisation"] != "none" and rest[key]
+    ]
     errors = [e for part in (r, m, d, h, y) for e in part.finish()]
     if errors:
         raise Failure("plan_invalid", "the plan has errors: " + "; ".join(errors))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_train import checkpoint, failure
+from lora_train import checkpoint, failure, quantise
 from lora_train.failure import Failure
 from lora_train.plan import Plan
 
@@ -67,6 +67,7 @@ def prove(
         "adapter": str(adapter),
         "device": "cpu" if on_host else plan.device,
         "half": plan.device == "cuda",
+        "quantisation": plan.quantisation,
         "threads": plan.threads,
         "parts": [{"tokens": list(p.tokens), "trained": list(map(bool, p.trained))} for p in parts],
     }
@@ -140,6 +141,7 @@ def _wait(child: subprocess.Popen[bytes], alive: Callable[[], None], patience: f
 
 def measure(asked: dict[str, Any]) -> float:
     """The mean loss of an adapter directory on a batch; ValueError says what is wrong with it."""
+    quantised = quantise.settings(asked["quantisation"], asked["device"])
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -161,7 +163,9 @@ def measure(asked: dict[str, Any]) -> float:
         trust_remote_code=False,
         use_safetensors=True,
         dtype=torch.bfloat16 if asked["half"] else torch.float32,
+        **quantised,
     )
+    quantise.settle(base)
     model = PeftModel.from_pretrained(base, where).eval().to(device)
     wanted = {
         k: tuple(v.shape)

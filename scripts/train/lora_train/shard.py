@@ -23,6 +23,8 @@ MOST = 0.8
 
 def wanted(plan: Plan) -> bool:
     """Whether the plan says so, or the weights leave too little room on one device."""
+    if plan.quantisation != "none":  # a quarter of the size, and not to be taken apart
+        return False
     if plan.devices == 1 or plan.shard or plan.device != "cuda":
         return plan.devices > 1 and plan.shard
     import torch

@@ -29,6 +29,7 @@ def asked(reference: Run, adapter: Path) -> dict:
         "adapter": adapter,
         "device": "cpu",
         "half": False,
+        "quantisation": "none",
         "threads": 1,
         "parts": parts,
     }

@@ -8,10 +8,11 @@ import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from lora_train import __version__, failure, plan, session, wire
+from lora_train import __version__, failure, plan, session, standby, wire
 from lora_train.failure import Failure
 from lora_train.stop import Stop
 
@@ -38,17 +39,32 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lora_train", description="Train one LoRA adapter.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--plan", type=Path, help="the plan file of one attempt")
+    what.add_argument(
+        "--standby",
+        action="store_true",
+        help=f"import everything, then wait for one plan on descriptor {standby.JOB_FD}",
+    )
     what.add_argument("--check", action="store_true", help="print what is installed, as JSON")
     what.add_argument("--version", action="version", version=__version__)
     args = parser.parse_args(argv)
     os.environ.update(ENVIRONMENT)
     if args.check:
         return check()
-    return train(args.plan, events, commands)
+    if args.standby:
+        standby.warm()
+        job = standby.wait()
+        if job is None:
+            return failure.OK
+        standby.become(job)
+        if not standby.fit(job):
+            argv = [sys.executable, "-m", "lora_train", "--plan", str(job.plan)]
+            os.execv(sys.executable, argv)
+        return train(job.plan, events, commands, time.monotonic())
+    return train(args.plan, events, commands, session.process_began())
 
 
-def train(path: Path, events: int | None, commands: int | None) -> int:
-    """Carry out one plan file."""
+def train(path: Path, events: int | None, commands: int | None, began: float) -> int:
+    """Carry out one plan file; `began` is when somebody wanted it, by the monotonic clock."""
     raw: dict[str, Any] = {}
     checked: plan.Plan | None = None
     wrong: Failure | None = None
@@ -71,7 +87,7 @@ def train(path: Path, events: int | None, commands: int | None) -> int:
         wire.listen(stop, commands)
     heart = wire.Heartbeat(emit, lambda idle: _leave_hanging(emit, idle))
     heart.start()
-    one = session.Session(plan=checked, emit=emit, stop=stop, wait=stop.wait)
+    one = session.Session(plan=checked, emit=emit, stop=stop, wait=stop.wait, began=began)
     if checked.backend == "dry":
         from lora_train.backends import dry as backend
     else:

@@ -112,6 +112,7 @@ class _Trainer:
         self.epoch_plan: tuple[int, list[list[schedule.Piece]]] = -1, []
         self.saved_step, self.saved_at = -1, self.clock.monotonic()
         self.saver = saver.Saver()
+        self.started = False
         self.ahead: tuple[int, list[Sequence]] = -1, []  # what the next step is made of
         self.good: Path | None = None  # the newest checkpoint of this run
         self.pace = health.Pace()
@@ -327,6 +328,7 @@ class _Trainer:
                 step = self.state.step + 1
                 self.saver.check()
                 self._step(step)
+                self._say_start()
                 memory.collect(step)
                 if trouble := self._trouble():
                     self._roll_back(trouble)
@@ -340,6 +342,15 @@ class _Trainer:
             if self.state.step > max(0, self.saved_step) and self._healthy():
                 self._save()
             raise
+
+    def _say_start(self) -> None:
+        """Say once how long somebody waited for the first step."""
+        if not self.started:
+            self.started = True
+            seconds = self.clock.monotonic() - self.session.began
+            self.emit.log(
+                "info", f"the first step was done {seconds:.1f} s after the start", "start"
+            )
 
     def _healthy(self) -> bool:
         """Whether one may come back to this state: only such states are saved."""

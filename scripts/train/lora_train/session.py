@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lora_train import __version__, failure
 from lora_train.failure import Failure
@@ -28,6 +30,7 @@ class Session:
     wait: Callable[[float], None] = lambda _: None
     pid: int = field(default_factory=os.getpid)
     python: str = field(default_factory=platform.python_version)
+    began: float = field(default_factory=time.monotonic)  # when somebody wanted the plan done
 
     def hello(self) -> None:
         """The first event: who speaks."""
@@ -41,6 +44,18 @@ class Session:
             device=device_name(self.plan.device),
             pid=self.pid,
         )
+
+
+def process_began() -> float:
+    """When this process was started, by the monotonic clock; now where the system does not tell."""
+    now = time.monotonic()
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, ValueError, IndexError, AttributeError):
+        return now
+    return now - age
 
 
 def device_name(device: str) -> str:

@@ -17,6 +17,7 @@ const (
 	hotEvery  = time.Second
 	warmEvery = 15 * time.Second
 	coldEvery = time.Minute
+	soonEvery = 5 * time.Second // those on which nothing can run
 )
 
 // preflightLimit bounds how long a job waits for the look at its devices; a
@@ -69,6 +70,9 @@ type Poller struct {
 	snapshot atomic.Pointer[Snapshot]
 	risen    []risen
 
+	refused atomic.Bool // a look before lending found what polls have not seen
+
+	// What only Run touches.
 	devices []Device
 	slowed  []float64 // seconds of hw_slowdown, which no counter of the driver has
 	at      time.Time // of the last readings of the hot tier
@@ -129,15 +133,25 @@ func (p *Poller) Run(ctx context.Context, devices []Device) {
 	tick := time.NewTicker(hotEvery)
 	defer tick.Stop()
 	failing := map[Tier]string{}
+	var all []string
+	for _, d := range devices {
+		all = append(all, d.UUID)
+	}
+	var soonAt time.Time
 	for warmAt := time.Now(); ; {
 		p.poll(ctx, Hot, readings, failing)
 		if now := time.Now(); !p.wedged && !now.Before(warmAt) {
 			p.poll(ctx, Warm, readings, failing)
 			warmAt = now.Add(warmEvery)
 		}
-		if now := time.Now(); !p.wedged && !now.Before(p.coldAt) {
-			p.coldAt = now.Add(coldEvery)
-			p.cold(ctx, failing)
+		switch now := time.Now(); {
+		case p.wedged:
+		case p.refused.Swap(false) || !now.Before(p.coldAt):
+			p.coldAt, soonAt = now.Add(coldEvery), now.Add(soonEvery)
+			p.cold(ctx, all, failing)
+		case len(p.unfit) > 0 && !now.Before(soonAt):
+			soonAt = now.Add(soonEvery)
+			p.cold(ctx, slices.Clone(p.unfit), failing)
 		}
 		select {
 		case <-ctx.Done():
@@ -215,11 +229,7 @@ func (p *Poller) wedge(on bool) {
 }
 
 // cold looks at what would keep a job from running.
-func (p *Poller) cold(ctx context.Context, failing map[Tier]string) {
-	var uuids []string
-	for _, d := range p.devices {
-		uuids = append(uuids, d.UUID)
-	}
+func (p *Poller) cold(ctx context.Context, uuids []string, failing map[Tier]string) {
 	began := time.Now()
 	ds, err := p.Source.Details(ctx, uuids)
 	if ctx.Err() != nil {
@@ -230,17 +240,19 @@ func (p *Poller) cold(ctx context.Context, failing map[Tier]string) {
 	if err != nil {
 		return
 	}
-	var unfit []string
 	for _, d := range ds {
+		i := slices.Index(p.unfit, d.UUID)
 		switch why := d.Problem(); {
 		case why != "":
-			unfit = append(unfit, d.UUID)
 			p.Health.Unfit(d.UUID, why)
-		case slices.Contains(p.unfit, d.UUID):
+			if i < 0 {
+				p.unfit = append(p.unfit, d.UUID)
+			}
+		case i >= 0:
 			p.Health.Unfit(d.UUID, "")
+			p.unfit = slices.Delete(p.unfit, i, i+1)
 		}
 	}
-	p.unfit = unfit
 }
 
 // Preflight looks at devices before they are lent. The error, an
@@ -258,6 +270,10 @@ func (p *Poller) Preflight(ctx context.Context, uuids []string) error {
 		if why := d.Problem(); why != "" {
 			bad[d.UUID] = why
 		}
+	}
+	// The dispatcher must hear of it, or it would try again.
+	if len(bad) > 0 {
+		p.refused.Store(true)
 	}
 	if why := GangProblem(ds); why != "" {
 		for _, u := range uuids {

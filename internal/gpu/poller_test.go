@@ -198,14 +198,14 @@ func TestWhatKeepsAJobFromRunningIsSeenBeforeItBegins(t *testing.T) {
 		if err := p.Preflight(t.Context(), []string{a, b}); !errors.As(err, &no) || no.Reasons[a] == "" || no.Reasons[b] != "" {
 			t.Error(err)
 		}
-		pass(time.Minute)
+		pass(time.Second) // what a look finds is told at once
 		if free := l.Free(); len(free) != 1 || free[0].UUID != b {
 			t.Errorf("free: %v", free)
 		}
 		s.set(func() {
 			s.details[a] = gpu.Detail{UUID: a, Fabric: &gpu.Fabric{}}
 		})
-		pass(time.Minute)
+		pass(5 * time.Second) // and looked for soon
 		if free := l.Free(); len(free) != 2 {
 			t.Errorf("free: %v", free)
 		}

@@ -125,10 +125,20 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		return tell(ctx, verb, args, environ, stdout)
 	case "run", "doctor":
 		var s settings
+		dir := ""
+		if verb == "doctor" {
+			var err error
+			if dir, args, err = recordDir(args); err != nil {
+				return err
+			}
+		}
 		rest, err := config.Load(&s, args, environ)
 		switch {
 		case errors.Is(err, config.ErrHelp):
 			config.Usage(stdout, &s)
+			if verb == "doctor" {
+				fmt.Fprint(stdout, recordHelp)
+			}
 			return nil
 		case err != nil && verb == "run":
 			return err
@@ -141,7 +151,11 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 			}
 		}
 		if verb == "doctor" {
-			return doctor(ctx, s, err, stdout)
+			found := doctor(ctx, s, err, stdout)
+			if dir != "" {
+				return errors.Join(found, record(ctx, s, dir, stdout))
+			}
+			return found
 		}
 		return serve(ctx, s, environ, stderr)
 	case "version":

@@ -26,3 +26,11 @@ type Options struct {
 	Path     string        // of the library; empty: libnvidia-ml.so.1 of the system
 	Patience time.Duration // 0: Patience
 }
+
+// Timing is how long the driver took for one kind of call.
+type Timing struct {
+	Call           string
+	Answer         string // what it answered; ok, when all was well
+	Times          int
+	P50, P99, Most time.Duration
+}

@@ -369,6 +369,8 @@ func (d *Driver) parts(whole *unit) []*unit {
 // words says what a return code means; the library's own words may be missing.
 func words(ret nvml.Return) string {
 	switch ret {
+	case nvml.SUCCESS:
+		return "ok"
 	case nvml.ERROR_UNINITIALIZED:
 		return "the driver was not initialised"
 	case nvml.ERROR_NOT_SUPPORTED:

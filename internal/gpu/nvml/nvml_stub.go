@@ -40,3 +40,6 @@ func (*Driver) Missing() []string { return nil }
 
 // Details gives ErrUnavailable.
 func (*Driver) Details(context.Context, []string) ([]gpu.Detail, error) { return nil, ErrUnavailable }
+
+// Measure gives ErrUnavailable.
+func (*Driver) Measure(context.Context, int) ([]Timing, error) { return nil, ErrUnavailable }

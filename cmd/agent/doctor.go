@@ -8,11 +8,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
 
+	"lorayard/internal/gpu"
 	"lorayard/internal/gpu/nvml"
 	"lorayard/internal/proc"
 	"lorayard/internal/queue"
@@ -27,6 +30,7 @@ type finding struct {
 	seen string // what was found, when all is well
 	err  error
 	todo string // what to do about err
+	mild bool   // jobs run in spite of err
 }
 
 // doctor looks at everything that a run needs and prints a table; the error is
@@ -41,6 +45,7 @@ func doctor(ctx context.Context, s settings, settingsErr error, w io.Writer) err
 		lookAtDriver(s),
 		lookAtDevices(ctx, s),
 		lookAtKernelLog(s),
+		lookAtCgroup(),
 		lookAtDisk(s),
 		lookAtModels(s),
 		lookAtTrainer(ctx, s),
@@ -51,19 +56,28 @@ func doctor(ctx context.Context, s settings, settingsErr error, w io.Writer) err
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	problems := 0
 	for _, f := range findings {
-		if f.err == nil {
-			fmt.Fprintf(tw, "ok\t%s\t%s\n", f.what, f.seen)
-			continue
+		level := "ok"
+		switch {
+		case f.err != nil && f.mild:
+			level = "warn"
+		case f.err != nil:
+			level = "fail"
+			problems++
 		}
-		problems++
-		fmt.Fprintf(tw, "problem\t%s\t%s\n", f.what, strings.ReplaceAll(f.err.Error(), "\n", "; "))
-		fmt.Fprintf(tw, "\t\t→ %s\n", f.todo)
+		said := f.seen
+		if f.err != nil {
+			said = strings.ReplaceAll(f.err.Error(), "\n", "; ")
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\n", level, f.what, said)
+		if f.err != nil {
+			fmt.Fprintf(tw, "\t\t→ %s\n", f.todo)
+		}
 	}
 	if err := tw.Flush(); err != nil {
 		return err
 	}
 	if problems > 0 {
-		return fmt.Errorf("%d problems found", problems)
+		return fmt.Errorf("%d problems found: no job would run here", problems)
 	}
 	return nil
 }
@@ -88,6 +102,10 @@ func lookAtDevices(ctx context.Context, s settings) finding {
 		names = append(names, name)
 	}
 	f.seen = strings.Join(names, ", ")
+	if unfit := slices.DeleteFunc(slices.Clone(h.list), func(d gpu.Device) bool { return d.Fault == "" }); len(unfit) > 0 {
+		f.err, f.mild = errors.New(f.seen), len(unfit) < len(h.list)
+		f.todo = "look at the kernel log (dmesg) and nvidia-smi -q for those that are not fit; the others are used"
+	}
 	return f
 }
 
@@ -104,6 +122,7 @@ func lookAtDriver(s settings) finding {
 	}
 	defer d.Close()
 	version, cuda := d.Versions()
+	f.mild = true
 	f.seen = fmt.Sprintf("%s, CUDA %s", version, cuda)
 	if missing := d.Missing(); len(missing) > 0 {
 		f.err = fmt.Errorf("driver %s does not tell all: its library has no %s", version, strings.Join(missing, ", "))
@@ -113,7 +132,7 @@ func lookAtDriver(s settings) finding {
 
 // lookAtKernelLog says whether a GPU that falls off the bus would be noticed at once.
 func lookAtKernelLog(s settings) finding {
-	f := finding{what: "kernel log", seen: "not watched", todo: "let the agent read it (CAP_SYSLOG, or group adm): the driver's library does not tell of every error"}
+	f := finding{what: "kernel log", seen: "not watched", mild: true, todo: "let the agent read it (CAP_SYSLOG, or group adm): the driver's library does not tell of every error"}
 	if s.KernelLog == "" || s.PretendGPUs > 0 {
 		return f
 	}
@@ -124,6 +143,29 @@ func lookAtKernelLog(s settings) finding {
 	}
 	_ = file.Close()
 	f.seen = s.KernelLog + " can be read"
+	return f
+}
+
+// lookAtCgroup says whether a trainer gets a control group of its own, which the
+// kernel ends in one step.
+func lookAtCgroup() finding {
+	f := finding{what: "cgroup", mild: true, todo: "run the agent as the systemd unit in deploy/systemd, which has Delegate=yes; without it trainers are ended by process group"}
+	raw, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		f.err = err
+		return f
+	}
+	_, path, ok := strings.Cut(strings.TrimSpace(string(raw)), "0::")
+	if !ok || strings.Contains(path, "\n") {
+		f.err = errors.New("this host has control groups of version 1")
+		return f
+	}
+	dir := filepath.Join("/sys/fs/cgroup", path)
+	if err := syscall.Access(dir, 2); err != nil { // to write
+		f.err = fmt.Errorf("%s is not ours to divide: %w", dir, err)
+		return f
+	}
+	f.seen = dir + " may be divided"
 	return f
 }
 

@@ -145,10 +145,12 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		case err == nil && len(rest) > 0:
 			return fmt.Errorf("%q is neither a flag nor expected here", rest[0])
 		}
-		if s.ID == "" {
-			if s.ID, err = os.Hostname(); err != nil {
-				return fmt.Errorf("read the host name: %w", err)
+		if s.ID == "" { // err may be what the doctor has to tell
+			name, unnamed := os.Hostname()
+			if unnamed != nil {
+				return fmt.Errorf("read the host name: %w", unnamed)
 			}
+			s.ID = name
 		}
 		if verb == "doctor" {
 			found := doctor(ctx, s, err, stdout)

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,8 +14,27 @@ import (
 	"lorayard/internal/gpu"
 )
 
+// notes are what was logged, of several goroutines.
+type notes struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (n *notes) Write(p []byte) (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.text.Write(p)
+}
+
+func (n *notes) String() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.text.String()
+}
+
 // source is a driver by script.
 type source struct {
+	mu         sync.Mutex
 	uuids      []string
 	read       func(gpu.Tier, []gpu.Reading) error
 	generation int
@@ -24,9 +44,22 @@ type source struct {
 
 func (s *source) Devices(context.Context) ([]gpu.Device, error) { return nil, nil }
 func (s *source) Versions() (driver, cuda string)               { return "580", "13.0" }
-func (s *source) Generation() int                               { return s.generation }
+func (s *source) Generation() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.generation
+}
+
+// change changes the script while the driver is read.
+func (s *source) change(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+}
 
 func (s *source) Read(_ context.Context, t gpu.Tier, dst []gpu.Reading) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.reads[t]++
 	for i := range dst {
 		dst[i].MemoryUsed, dst[i].Energy = 0, float64(s.reads[gpu.Hot])
@@ -47,7 +80,7 @@ func (s *source) Events(ctx context.Context, heard func(gpu.Fault)) error {
 
 func TestPoller(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var said strings.Builder
+		var said notes
 		log := slog.New(slog.NewTextHandler(&said, nil))
 		devices := gpu.Pretend(2, "H100-80GB", "host")
 		s := &source{uuids: []string{devices[0].UUID, devices[1].UUID}, reads: map[gpu.Tier]int{}, generation: 1}
@@ -81,7 +114,7 @@ func TestPoller(t *testing.T) {
 
 		// A driver that is loaded anew counts from nothing; what operators see does not.
 		before := p.Snapshot().Devices[1].Energy
-		s.reads[gpu.Hot], s.generation = 0, 2
+		s.change(func() { s.reads[gpu.Hot], s.generation = 0, 2 })
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		if now := p.Snapshot(); now.Devices[1].Energy != before+2 || now.Generation != 2 || now.Driver != "580" || !math.IsNaN(now.Devices[1].Power) {
@@ -89,7 +122,7 @@ func TestPoller(t *testing.T) {
 		}
 
 		// A call that hangs leaves the last readings, and is complained about once.
-		s.read = func(gpu.Tier, []gpu.Reading) error { return gpu.ErrWedged }
+		s.change(func() { s.read = func(gpu.Tier, []gpu.Reading) error { return gpu.ErrWedged } })
 		at := p.Snapshot().At
 		time.Sleep(20 * time.Second)
 		synctest.Wait()
@@ -98,16 +131,18 @@ func TestPoller(t *testing.T) {
 		}
 
 		// Foreign memory is seen by a poll and forgotten when it is gone.
-		s.read = func(_ gpu.Tier, dst []gpu.Reading) error {
-			dst[1].MemoryUsed = 9 << 30
-			return nil
-		}
+		s.change(func() {
+			s.read = func(_ gpu.Tier, dst []gpu.Reading) error {
+				dst[1].MemoryUsed = 9 << 30
+				return nil
+			}
+		})
 		time.Sleep(4 * time.Second)
 		synctest.Wait()
 		if v := health.Verdict(s.uuids[1]); v.State != gpu.StateForeign || !strings.Contains(v.Reason, "9.0 GiB") {
 			t.Errorf("%+v", v)
 		}
-		s.read = nil
+		s.change(func() { s.read = nil })
 		time.Sleep(4 * time.Second)
 		synctest.Wait()
 		if v := health.Verdict(s.uuids[1]); v.State != gpu.StateOK {

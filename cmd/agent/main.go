@@ -232,7 +232,7 @@ func serve(ctx context.Context, s settings, environ []string, stderr io.Writer) 
 	if s.Backend == "dry" {
 		tr.Dry = &wire.Dry{Steps: s.DrySteps, StepSeconds: s.DryStepTime.Seconds(), Loss: [2]float64{3.2, 0.4}}
 	}
-	spans, err := trace.Open(ctx, s.Traces, "lorayard-agent", s.ID, version)
+	spans, err := trace.Open(ctx, trace.Config{Endpoint: s.Traces, Service: "lorayard-agent", Instance: s.ID, Version: version, Log: log})
 	if err != nil {
 		return err
 	}

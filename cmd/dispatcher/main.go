@@ -201,7 +201,7 @@ func serve(ctx context.Context, s settings, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	spans, err := trace.Open(ctx, s.Traces, "lorayard-dispatcher", hostname, version)
+	spans, err := trace.Open(ctx, trace.Config{Endpoint: s.Traces, Service: "lorayard-dispatcher", Instance: hostname, Version: version, Log: log})
 	if err != nil {
 		return err
 	}

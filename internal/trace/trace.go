@@ -13,8 +13,11 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
+	"log/slog"
+	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp"
@@ -31,32 +34,41 @@ type Tracer struct {
 	tracer   trace.Tracer
 }
 
-// Open sends spans to an OTLP endpoint such as http://collector:4318, over HTTP.
-// An empty endpoint gives a nil Tracer.
-func Open(ctx context.Context, endpoint, service, instance, version string) (*Tracer, error) {
-	if endpoint == "" {
+// Config says who tells, and whom.
+type Config struct {
+	Endpoint string // OTLP over HTTP, such as http://collector:4318
+	// Service, Instance and Version name the process.
+	Service, Instance, Version string
+	Log                        *slog.Logger
+}
+
+// Open sends spans to an endpoint; none gives a nil Tracer.
+func Open(ctx context.Context, c Config) (*Tracer, error) {
+	if c.Endpoint == "" {
 		return nil, nil
 	}
-	exporter, err := otlptracehttp.New(ctx, otlptracehttp.WithEndpointURL(endpoint+"/v1/traces"), otlptracehttp.WithTimeout(5*time.Second))
+	exporter, err := otlptracehttp.New(ctx, otlptracehttp.WithEndpointURL(strings.TrimSuffix(c.Endpoint, "/")+"/v1/traces"), otlptracehttp.WithTimeout(5*time.Second))
 	if err != nil {
 		return nil, fmt.Errorf("open the endpoint for traces: %w", err)
 	}
+	// It would write to stderr by itself, once a second while nobody collects.
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { c.Log.Debug("spans not sent", "err", err) }))
 	provider := sdk.NewTracerProvider(
 		sdk.WithBatcher(exporter, sdk.WithBatchTimeout(time.Second), sdk.WithMaxQueueSize(4096)), // full: dropped
 		sdk.WithIDGenerator(ids{}),
 		sdk.WithResource(resource.NewSchemaless(
-			attribute.String("service.name", service), attribute.String("service.instance.id", instance), attribute.String("service.version", version),
+			attribute.String("service.name", c.Service), attribute.String("service.instance.id", c.Instance), attribute.String("service.version", c.Version),
 		)),
 	)
 	return &Tracer{provider, provider.Tracer("lorayard")}, nil
 }
 
-// Close sends what waits, for five seconds at most.
+// Close sends what waits, for a second at most.
 func (t *Tracer) Close() {
 	if t == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_ = t.provider.Shutdown(ctx) // a collector that is away loses spans, that is all
 }

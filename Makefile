@@ -35,8 +35,9 @@ demo: setup build ## run one real training job from inserted row to adapter (DAT
 	@bin/devstack demo --bin bin --trainer-python "$(PYTHON)" --trainer-dir $(TRAIN) --data "$(DATA)"
 
 .PHONY: demo-fleet
-demo-fleet: setup build ## run 16 pretended GPUs with jobs and faults, and Prometheus
-	@bin/devstack fleet --bin bin --trainer-python "$(PYTHON)" --trainer-dir $(TRAIN) --prometheus "$(PROMETHEUS)"
+demo-fleet: build ## run 16 pretended GPUs with jobs and faults, and Prometheus
+	@scripts/setup fleet
+	@bin/devstack fleet --bin bin --trainer-python "$$(cat .data/python)" --trainer-dir $(TRAIN) --prometheus "$$(cat .data/prometheus)"
 
 .PHONY: dev
 dev: setup build ## start the whole system and stay up

@@ -98,7 +98,7 @@ def test_a_second_job_finds_the_tokens_of_the_first(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hyper = {"epochs": 1, "dropout": 0.0, "batch_size": 16}
-    monkeypatch.setattr(loop.reload, "prove", lambda *asked: asked[3])  # has tests of its own
+    monkeypatch.setattr(loop.reload, "prove", lambda *asked, **_: asked[3])  # has tests of its own
     over: dict[str, Any] = {"hyper": hyper, "cache_dir": str(tmp_path / "tokens")}
     first = play(make_plan(tmp_path / "first", DEMO, model, **over))
     # The merged model is tested elsewhere; a plan that wants it gets it.
@@ -121,7 +121,7 @@ def test_errors_of_either_side_are_told(
     assert run.code == 65 and "longer than 20 tokens" in run.of("error")[0]["message"]
     assert [e["stage"] for e in run.of("stage")] == ["preparing", "loading_model"]
 
-    def fails(_: Any) -> None:
+    def fails(_: Any, on_host: bool) -> None:
         raise Failure("device_unavailable", "no device")
 
     monkeypatch.setattr(loop.model, "load", fails)

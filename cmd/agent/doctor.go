@@ -44,6 +44,7 @@ func doctor(ctx context.Context, s settings, settingsErr error, w io.Writer) err
 		{what: "host", seen: cpus()},
 		lookAtDriver(s),
 		lookAtDevices(ctx, s),
+		lookAtModes(ctx, s),
 		lookAtKernelLog(s),
 		lookAtCgroup(),
 		lookAtDisk(s),

@@ -1,15 +1,20 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"lorayard/internal/agent"
 	"lorayard/internal/config"
@@ -19,6 +24,7 @@ import (
 
 type gpusSettings struct {
 	DataDir string        `flag:"data-dir" env:"DATA_DIR" default:"/var/lib/lorayard" help:"data directory of the running agent, which knows who holds a GPU and whether it is fit"`
+	Library string        `flag:"gpu-library" env:"GPU_LIBRARY" help:"path of NVIDIA's libnvidia-ml.so.1; empty: where the system has it"`
 	Watch   bool          `flag:"watch" env:"WATCH" help:"show them again and again until interrupted"`
 	Every   time.Duration `flag:"every" env:"EVERY" default:"1s" help:"watch: how often"`
 	JSON    bool          `flag:"json" env:"JSON" help:"print JSON, one line a look"`
@@ -62,9 +68,10 @@ func gpus(ctx context.Context, args, environ []string, stdout io.Writer) error {
 	case len(rest) > 0:
 		return fmt.Errorf("%q is neither a flag nor expected here", rest[0])
 	}
-	look, done := gpuReader(ctx, s.DataDir)
+	look, done := gpuReader(ctx, s)
 	defer done()
-	for {
+	screen := !s.JSON && isTerminal(stdout)
+	for first := true; ; first = false {
 		seen, notes, err := look()
 		if err != nil {
 			return err
@@ -75,10 +82,14 @@ func gpus(ctx context.Context, args, environ []string, stdout io.Writer) error {
 				return err
 			}
 		default:
+			var b bytes.Buffer
 			if s.Watch {
-				fmt.Fprint(stdout, "\x1b[H\x1b[2J", time.Now().Format(time.DateTime), "\n")
+				fmt.Fprintln(&b, time.Now().Format(time.DateTime))
 			}
-			if err := listGPUs(stdout, seen, notes); err != nil {
+			if err := listGPUs(&b, seen, notes, screen); err != nil {
+				return err
+			}
+			if err := paint(stdout, b.String(), s.Watch, screen, first); err != nil {
 				return err
 			}
 		}
@@ -95,18 +106,20 @@ func gpus(ctx context.Context, args, environ []string, stdout io.Writer) error {
 
 // gpuReader opens what there is to be asked: the driver, the running agent, or
 // both.
-func gpuReader(ctx context.Context, dataDir string) (look func() ([]seenGPU, []string, error), done func()) {
-	driver, driverErr := nvml.Open(nvml.Options{})
+func gpuReader(ctx context.Context, s gpusSettings) (look func() ([]seenGPU, []string, error), done func()) {
+	driver, driverErr := nvml.Open(nvml.Options{Path: s.Library, Patience: 2 * time.Second}) // a person waits
 	done = func() {
 		if driver != nil {
 			driver.Close()
 		}
 	}
 	var devices []gpu.Device
+	var details map[string]gpu.Detail
+	var detailsAt time.Time
 	return func() ([]seenGPU, []string, error) {
 		var out []seenGPU
 		var notes []string
-		status, agentErr := ask(ctx, dataDir, agent.Command{Do: "status"})
+		status, agentErr := ask(ctx, s.DataDir, agent.Command{Do: "status"})
 		if driverErr != nil && agentErr != nil {
 			return nil, nil, fmt.Errorf("nobody can tell: %w; %w", driverErr, agentErr)
 		}
@@ -114,7 +127,7 @@ func gpuReader(ctx context.Context, dataDir string) (look func() ([]seenGPU, []s
 			notes = append(notes, driverErr.Error())
 		}
 		if agentErr != nil {
-			notes = append(notes, "states and jobs are not known: "+agentErr.Error())
+			notes = append(notes, "no jobs are known, and states are those of before: "+agentErr.Error())
 		}
 		known := map[string]int{}
 		if driver != nil {
@@ -128,10 +141,16 @@ func gpuReader(ctx context.Context, dataDir string) (look func() ([]seenGPU, []s
 			if err := errors.Join(driver.Read(ctx, gpu.Hot, readings), driver.Read(ctx, gpu.Warm, readings)); err != nil {
 				notes = append(notes, err.Error())
 			}
+			if time.Since(detailsAt) > detailsEvery {
+				detailsAt, details = time.Now(), detailsOf(ctx, driver, devices)
+			}
 			for i, d := range devices {
 				known[d.UUID] = len(out)
-				out = append(out, seeGPU(d, readings[i]))
+				out = append(out, seeGPU(d, readings[i], details[d.UUID]))
 			}
+		}
+		if agentErr != nil {
+			status.Devices = remembered(s.DataDir, devices)
 		}
 		for _, d := range status.Devices {
 			i, ok := known[d.UUID]
@@ -146,13 +165,49 @@ func gpuReader(ctx context.Context, dataDir string) (look func() ([]seenGPU, []s
 				out = append(out, seenGPU{Index: d.Index, UUID: d.UUID, Name: d.Name})
 			}
 			g := &out[i]
-			g.State, g.Job, g.Reason, g.Todo = d.State, d.Job, d.Reason, d.Todo
+			g.State, g.Job = d.State, d.Job
+			if d.Reason != "" {
+				g.Reason, g.Todo = d.Reason, d.Todo
+			}
 		}
 		return out, notes, nil
 	}, done
 }
 
-func seeGPU(d gpu.Device, r gpu.Reading) seenGPU {
+// detailsEvery is how often the driver is asked for what takes it long to tell.
+const detailsEvery = 15 * time.Second
+
+func detailsOf(ctx context.Context, driver *nvml.Driver, devices []gpu.Device) map[string]gpu.Detail {
+	var uuids []string
+	for _, d := range devices {
+		uuids = append(uuids, d.UUID)
+	}
+	out := map[string]gpu.Detail{}
+	ds, _ := driver.Details(ctx, uuids) // nothing depends on them
+	for _, d := range ds {
+		out[d.UUID] = d
+	}
+	return out
+}
+
+// remembered is what the agent that ran last thought of the devices, those that
+// are gone included.
+func remembered(dataDir string, devices []gpu.Device) (out []agent.DeviceStatus) {
+	for _, v := range gpu.Remembered(dataDir) {
+		d := agent.DeviceStatus{UUID: v.UUID, Index: -1, State: string(v.State), Reason: v.Reason, Todo: v.Action.Words(v.UUID), XID: v.XID, Since: v.Since}
+		for _, x := range devices {
+			if x.UUID == v.UUID {
+				d.Index, d.Name = x.Index, x.Name
+			}
+		}
+		if d.Index >= 0 || v.Fault() != "" {
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+func seeGPU(d gpu.Device, r gpu.Reading, detail gpu.Detail) seenGPU {
 	number := func(v float64) *float64 {
 		if math.IsNaN(v) {
 			return nil
@@ -169,8 +224,28 @@ func seeGPU(d gpu.Device, r gpu.Reading) seenGPU {
 		g.Reason = "the driver has lost it"
 	case r.ResetRequired:
 		g.Reason = "the driver refuses it until it is reset"
+	case g.Reason == "":
+		g.Reason = detail.Problem()
+	}
+	g.Watch = append(g.Watch, detail.Remarks()...)
+	if len(detail.Processes) > 0 {
+		g.Watch = append(g.Watch, "used by "+users(detail.Processes))
 	}
 	return g
+}
+
+// users names the processes that use a device. A driver may tell numbers that
+// are of another namespace.
+func users(ps []gpu.Process) string {
+	var out []string
+	for _, p := range ps {
+		who := fmt.Sprintf("process %d", p.PID)
+		if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", p.PID)); err == nil {
+			who += " (" + strings.TrimSpace(string(name)) + ")"
+		}
+		out = append(out, who)
+	}
+	return strings.Join(out, ", ")
 }
 
 // look says what a person should look at, though the device works.
@@ -198,14 +273,57 @@ func look(r gpu.Reading) (out []string) {
 	return out
 }
 
-func listGPUs(w io.Writer, gpus []seenGPU, notes []string) error {
+// paint writes a table, on a screen over the one before.
+func paint(w io.Writer, table string, watch, screen, first bool) error {
+	const home, clearAll, clearLine, clearRest = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
+	switch {
+	case watch && screen && first:
+		table = clearAll + home + table
+	case watch && screen:
+		table = home + strings.ReplaceAll(table, "\n", clearLine+"\n") + clearRest
+	case watch && !first:
+		table = "\n" + table
+	}
+	_, err := io.WriteString(w, table)
+	return err
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok || os.Getenv("NO_COLOR") != "" {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// coloured marks the line of a device that is not well.
+func coloured(line string, g seenGPU) string {
+	const yellow, red, plain = "\x1b[33m", "\x1b[31m", "\x1b[0m"
+	switch {
+	case g.State == string(gpu.StateSuspect) || g.State == string(gpu.StateForeign):
+		return yellow + line + plain
+	case g.Reason != "":
+		return red + line + plain
+	}
+	return line
+}
+
+func listGPUs(w io.Writer, gpus []seenGPU, notes []string, screen bool) error {
 	cell := func(v *float64, format string, scale float64) string {
 		if v == nil {
 			return "-"
 		}
 		return fmt.Sprintf(format, *v*scale)
 	}
-	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	of := func(v, all *float64, unit string, format string, scale float64) string {
+		if v == nil && all == nil {
+			return "-"
+		}
+		return cell(v, format, scale) + " / " + cell(all, "%.0f", scale) + " " + unit
+	}
+	var b bytes.Buffer
+	tw := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "GPU\tNAME\tSTATE\tBUSY\tMEMORY\tTEMP\tLEFT\tPOWER\tCLOCK\tECC\tLINKS\tUUID\tJOB")
 	for _, g := range gpus {
 		state := g.State
@@ -213,23 +331,39 @@ func listGPUs(w io.Writer, gpus []seenGPU, notes []string) error {
 			state = "-"
 		}
 		const gib = 1.0 / (1 << 30)
-		fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s / %s\t%s\t%s\t%s / %s\t%s\t%s\t%s\t%s\t%s\n", g.Index, g.Name, state, cell(g.Utilization, "%.0f %%", 100),
-			cell(g.Used, "%.1f", gib), cell(g.Total, "%.0f GiB", gib), cell(g.Celsius, "%.0f °C", 1), cell(g.Margin, "%.0f °C", 1),
-			cell(g.Watts, "%.0f", 1), cell(g.PowerLimit, "%.0f W", 1), cell(g.ClockHertz, "%.0f MHz", 1e-6), cell(g.Uncorrected, "%.0f", 1), cell(g.NVLinks, "%.0f", 1), g.UUID, g.Job)
+		index := "-" // it is not listed any more
+		if g.Index >= 0 {
+			index = strconv.Itoa(g.Index)
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", index, g.Name, state, cell(g.Utilization, "%.0f %%", 100),
+			of(g.Used, g.Total, "GiB", "%.1f", gib), cell(g.Celsius, "%.0f °C", 1), cell(g.Margin, "%.0f °C", 1), of(g.Watts, g.PowerLimit, "W", "%.0f", 1),
+			cell(g.ClockHertz, "%.0f MHz", 1e-6), cell(g.Uncorrected, "%.0f", 1), cell(g.NVLinks, "%.0f", 1), g.UUID, g.Job)
 	}
 	if err := tw.Flush(); err != nil {
 		return err
 	}
+	for i, line := range strings.SplitAfter(b.String(), "\n") {
+		if screen && i > 0 && i <= len(gpus) {
+			line = coloured(strings.TrimSuffix(line, "\n"), gpus[i-1]) + "\n"
+		}
+		if _, err := io.WriteString(w, line); err != nil {
+			return err
+		}
+	}
 	for _, g := range gpus {
+		called := fmt.Sprintf("GPU %d", g.Index)
+		if g.Index < 0 {
+			called = g.UUID
+		}
 		if g.Reason != "" {
-			fmt.Fprintf(w, "GPU %d: %s", g.Index, g.Reason)
+			fmt.Fprintf(w, "%s: %s", called, g.Reason)
 			if g.Todo != "" {
 				fmt.Fprintf(w, ": %s", g.Todo)
 			}
 			fmt.Fprintln(w)
 		}
 		if len(g.Watch) > 0 && g.Reason == "" {
-			fmt.Fprintf(w, "GPU %d: %s\n", g.Index, strings.Join(g.Watch, "; "))
+			fmt.Fprintf(w, "%s: %s\n", called, strings.Join(g.Watch, "; "))
 		}
 	}
 	for _, n := range notes {

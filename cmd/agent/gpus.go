@@ -257,9 +257,14 @@ func look(r gpu.Reading) (out []string) {
 		out = append(out, "a broken memory row is replaced at the next reset")
 	}
 	if r.Recovery > 0 {
-		out = append(out, "the driver wants it to be recovered: "+map[gpu.Recovery]string{
-			gpu.RecoveryReset: "reset it", gpu.RecoveryBusReset: "reset it", gpu.RecoveryReboot: "restart the host", gpu.RecoverySystemReboot: "restart the host",
-		}[gpu.Recovery(r.Recovery)])
+		todo := "when its job has ended, reset it"
+		switch gpu.Recovery(r.Recovery) {
+		case gpu.RecoveryReset, gpu.RecoveryBusReset:
+			todo = "reset it"
+		case gpu.RecoveryReboot, gpu.RecoverySystemReboot:
+			todo = "restart the host"
+		}
+		out = append(out, "the driver wants it to be recovered: "+todo)
 	}
 	if r.TemperatureMargin <= 0 {
 		out = append(out, "it is too hot: look at its cooling")

@@ -19,10 +19,11 @@ struct memory2 { unsigned version; unsigned long long total, reserved, free, use
 struct rates { unsigned gpu, memory; };
 
 struct hot {
-	int memory_ret, fields_ret, rates_ret, temperature_ret, reasons_ret, has_reserved;
+	int memory_ret, fields_ret, rates_ret, temperature_ret, reasons_ret, power_ret, has_reserved;
+	int want_power; // the fields do not tell it
 	struct memory2 memory;
 	struct rates rates;
-	unsigned temperature;
+	unsigned temperature, power;
 	unsigned long long reasons;
 };
 
@@ -32,6 +33,7 @@ static int (*fields)(void *, int, void *);
 static int (*rates)(void *, struct rates *);
 static int (*temperature)(void *, int, unsigned *);
 static int (*reasons)(void *, unsigned long long *);
+static int (*power)(void *, unsigned *);
 
 static void lorayard_find(const char *path) {
 	void *l = dlopen(path, RTLD_LAZY | RTLD_GLOBAL);
@@ -42,12 +44,13 @@ static void lorayard_find(const char *path) {
 	rates = (int (*)(void *, struct rates *))dlsym(l, "nvmlDeviceGetUtilizationRates");
 	temperature = (int (*)(void *, int, unsigned *))dlsym(l, "nvmlDeviceGetTemperature");
 	reasons = (int (*)(void *, unsigned long long *))dlsym(l, "nvmlDeviceGetCurrentClocksEventReasons");
+	power = (int (*)(void *, unsigned *))dlsym(l, "nvmlDeviceGetPowerUsage");
 }
 
 // lorayard_hot reads memory of h, which may be a part of whole, and all else of
 // whole.
 static void lorayard_hot(void *h, void *whole, int n, void *values, struct hot *out) {
-	out->memory_ret = out->fields_ret = out->rates_ret = out->temperature_ret = out->reasons_ret = NOT_ASKED;
+	out->memory_ret = out->fields_ret = out->rates_ret = out->temperature_ret = out->reasons_ret = out->power_ret = NOT_ASKED;
 	out->has_reserved = 0;
 	if (memory2) {
 		out->memory.version = sizeof(struct memory2) | 2 << 24;
@@ -64,6 +67,7 @@ static void lorayard_hot(void *h, void *whole, int n, void *values, struct hot *
 	if (fields) out->fields_ret = fields(whole, n, values);
 	if (rates && h == whole) out->rates_ret = rates(whole, &out->rates);
 	if (temperature) out->temperature_ret = temperature(whole, 0, &out->temperature);
+	if (power && out->want_power) out->power_ret = power(whole, &out->power);
 	if (reasons) out->reasons_ret = reasons(whole, &out->reasons);
 }
 */
@@ -133,6 +137,12 @@ func (d *Driver) hot(u *unit, r *gpu.Reading) nvml.Return {
 	r.Energy, r.PCIeReplays = number(values, 3)*milli, number(values, 4)
 	r.RemapsCorrected, r.RemapsUncorrected, r.RemapPending, r.RemapFailed = number(values, 5), number(values, 6), number(values, 7), number(values, 8)
 	r.Power, r.Recovery = number(values, 10)*milli, number(values, 11)
+	if a.power_ret == 0 {
+		r.Power = float64(a.power) * milli
+	}
+	if math.IsNaN(r.Power) && a.fields_ret == 0 {
+		a.want_power = 1 // from the next poll on
+	}
 	r.Throttled = [5]float64{number(values, 9) * nano, nan, number(values, 13) * nano, number(values, 14) * nano, number(values, 12) * nano}
 	answer := nvml.SUCCESS
 	for _, ret := range [...]C.int{a.memory_ret, a.fields_ret, a.rates_ret, a.temperature_ret} {

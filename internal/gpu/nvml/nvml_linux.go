@@ -54,6 +54,7 @@ const (
 	symSupported     = "nvmlDeviceGetSupportedEventTypes"
 	symRegister      = "nvmlDeviceRegisterEvents"
 	symReasons       = "nvmlDeviceGetCurrentClocksEventReasons"
+	symPower         = "nvmlDeviceGetPowerUsage"
 	symPersistence   = "nvmlDeviceGetPersistenceMode"
 	symComputeMode   = "nvmlDeviceGetComputeMode"
 	symECCMode       = "nvmlDeviceGetEccMode"
@@ -69,7 +70,7 @@ const (
 var wanted = []string{
 	symDriverVersion, symCUDAVersion, symMemory2, symMemory, symPCI, symFields, symUtilization, symTemperature, symPowerLimit, symClock,
 	symWidth, symMaxWidth, symMargin, symLinkState, symLinkPCI, symLinkType, symAncestor, symMIGMode, symMIGCount, symMIGDevice, symInstance,
-	symSetCreate, symSetWait, symSetFree, symSupported, symRegister, symReasons, symPersistence, symComputeMode, symECCMode, symHistogram,
+	symSetCreate, symSetWait, symSetFree, symSupported, symRegister, symReasons, symPower, symPersistence, symComputeMode, symECCMode, symHistogram,
 	symInfoROM, symSRAM, symFabric, symGen, symMaxGen, symProcesses,
 }
 

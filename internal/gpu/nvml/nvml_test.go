@@ -211,7 +211,7 @@ func TestACallThatHangsIsNotWaitedForForEver(t *testing.T) {
 // opened: that is slow, and no sign of trouble.
 func TestOpeningMayTakeLongerThanACall(t *testing.T) {
 	h, _ := host(t, 2, 0)
-	h.Hang(60 * time.Millisecond)
+	h.Hang(30 * time.Millisecond)
 	so, err := library1()
 	if err != nil {
 		t.Fatal(err)
@@ -323,6 +323,9 @@ func TestAnOldDriverRefusesNewFields(t *testing.T) {
 	rs, err := read(t, d, 1)
 	if err != nil || !math.IsNaN(rs[0].Recovery) || rs[0].ECCUncorrected != 0 || math.IsNaN(rs[0].Energy) {
 		t.Errorf("%v %+v", err, rs)
+	}
+	if rs, err = read(t, d, 1); err != nil || rs[0].Power != 70 {
+		t.Errorf("its power, told in another way, is %v: %v", rs[0].Power, err)
 	}
 }
 

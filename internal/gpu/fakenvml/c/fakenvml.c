@@ -195,6 +195,7 @@ int nvmlDeviceGetClockInfo(struct handle *h, int which, unsigned *mhz) { DEVICE(
 int nvmlDeviceGetCurrPcieLinkWidth(struct handle *h, unsigned *w) { DEVICE(h); *w = 16; return OK; }
 int nvmlDeviceGetMaxPcieLinkWidth(struct handle *h, unsigned *w) { DEVICE(h); *w = 16; return OK; }
 int nvmlDeviceGetCurrentClocksEventReasons(struct handle *h, unsigned long long *r_) { DEVICE(h); *r_ = d->reasons; return OK; }
+int nvmlDeviceGetPowerUsage(struct handle *h, unsigned *p) { DEVICE(h); *p = d->power; return OK; }
 int nvmlDeviceGetPersistenceMode(struct handle *h, int *on) { DEVICE(h); *on = 1; return OK; }
 int nvmlDeviceGetComputeMode(struct handle *h, int *mode) { DEVICE(h); *mode = d->prohibited ? 2 : 0; return OK; }
 int nvmlDeviceGetEccMode(struct handle *h, int *now, int *next) { DEVICE(h); *now = *next = 1; return OK; }

@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"maps"
 	"strings"
@@ -253,6 +254,30 @@ func TestTrainersThatBlameADeviceAreHeard(t *testing.T) {
 		p.live.Devices.Checked(0, "3 of 32 matrix products were wrong")
 		if got := w.told(); !strings.Contains(got, "sanity check: 3 of 32") {
 			t.Errorf("the dispatcher is told %q", got)
+		}
+	})
+}
+
+// A device that is found unable to run anything is not taken, and is free for
+// the next attempt.
+func TestDevicesAreLookedAtBeforeAnAttemptIsAccepted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := admitWard(t, t.TempDir())
+		var looked [][]string
+		wrong := errors.New("its compute mode is prohibited")
+		w.Preflight = func(_ context.Context, uuids []string) error {
+			looked = append(looked, uuids)
+			return wrong
+		}
+		if err := w.accept("0"); !errors.Is(err, wrong) || w.patient("0") != nil {
+			t.Errorf("accepted: %v", err)
+		}
+		wrong = nil
+		if err := w.accept("0"); err != nil || w.patient("0") == nil {
+			t.Errorf("not accepted: %v", err)
+		}
+		if len(looked) != 2 || len(looked[0]) != 1 || looked[0][0] != w.devices[0].UUID {
+			t.Errorf("looked at %v", looked)
 		}
 	})
 }

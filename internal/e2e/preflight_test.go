@@ -55,4 +55,22 @@ func TestNothingIsLentThatCannotBeUsed(t *testing.T) {
 	if f.metric(one, "lorayard_gpu_driver_wedged") != 0 || f.metric(d, "lorayard_dispatcher_hosts") != 1 {
 		t.Error("the agent is not well")
 	}
+
+	// A call that never comes back keeps nobody: neither a scrape, nor a renewal,
+	// nor the end.
+	host.Hang(time.Hour)
+	polls := `lorayard_gpu_poll_last_success_timestamp_seconds{tier="hot"}`
+	f.eventually("a call that hangs", func() bool {
+		return time.Since(time.Unix(int64(f.metric(one, polls)), 0)) > 4*time.Second // a poll a second is made
+	})
+	if f.metric(d, "lorayard_dispatcher_hosts") != 1 {
+		t.Error("the agent is not renewed while the driver hangs")
+	}
+	began := time.Now()
+	if err := one.Stop(10 * time.Second); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("the agent took %v to end", took)
+	}
 }

@@ -74,19 +74,15 @@ func (h *host) watch(health *gpu.Health, m *metrics.Agent, log *slog.Logger) (re
 		}
 	}}
 	fill := func(d *metrics.Device) {
-		v := health.Verdict(d.UUID)
-		d.Health = string(v.State)
+		d.Driver, d.CUDA = h.driver.Versions() // kept, not asked for
 		s := p.Snapshot()
-		if s == nil {
-			return
-		}
-		d.Driver, d.CUDA = s.Driver, s.CUDA
-		if time.Since(s.At) > oldAfter {
-			return
-		}
-		for i := range s.Devices {
-			if s.Devices[i].UUID == d.UUID {
-				show(d, s.Devices[i], h.list[i], v.State == gpu.StateForeign)
+		for i, is := range h.list {
+			if is.UUID != d.UUID {
+				continue
+			}
+			d.PCI, d.NUMA = is.Bus, is.Node
+			if s != nil && time.Since(s.At) < oldAfter {
+				show(d, s.Devices[i])
 			}
 		}
 	}
@@ -97,9 +93,11 @@ func (h *host) watch(health *gpu.Health, m *metrics.Agent, log *slog.Logger) (re
 const oldAfter = time.Minute
 
 // show puts what was read of a device into its metrics.
-func show(d *metrics.Device, r gpu.Reading, is gpu.Device, foreign bool) {
-	d.PCI, d.NUMA = is.Bus, is.Node
-	d.Utilization, d.MemoryTotal, d.MemoryUsed, d.MemoryReserved = r.Utilization, r.MemoryTotal, r.MemoryUsed, r.MemoryReserved
+func show(d *metrics.Device, r gpu.Reading) {
+	if !math.IsNaN(r.MemoryTotal) {
+		d.MemoryTotal = r.MemoryTotal
+	}
+	d.Utilization, d.MemoryUsed, d.MemoryReserved = r.Utilization, r.MemoryUsed, r.MemoryReserved
 	d.Power, d.PowerLimit, d.Energy = r.Power, r.PowerLimit, r.Energy
 	d.Temperature, d.MemoryTemperature, d.TemperatureMargin = r.Temperature, r.MemoryTemperature, r.TemperatureMargin
 	d.ClockSM, d.ClockMem, d.RecoveryAction = r.ClockSM, r.ClockMem, r.Recovery
@@ -107,7 +105,7 @@ func show(d *metrics.Device, r gpu.Reading, is gpu.Device, foreign bool) {
 	d.RemapPending, d.RemapFailed, d.RemapsCorrected, d.RemapsUncorrected = r.RemapPending, r.RemapFailed, r.RemapsCorrected, r.RemapsUncorrected
 	d.PCIeReplays, d.PCIeWidth, d.NVLinksUp, d.NVLinksN = r.PCIeReplays, r.PCIeWidth, r.NVLinksUp, r.NVLinks
 	d.MemoryForeign = 0
-	if foreign {
+	if d.Health == string(gpu.StateForeign) {
 		d.MemoryForeign = r.MemoryUsed
 	}
 	d.Throttled, d.NVLinkErrors = map[string]float64{}, map[string]float64{}

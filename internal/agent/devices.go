@@ -187,7 +187,7 @@ func (a *Agent) Devices() []DeviceStatus {
 			v = gpu.Verdict{UUID: uuid, State: gpu.StateOK}
 		}
 		delete(verdicts, uuid)
-		if v.State == gpu.StateOK && faults[uuid] != "" { // the driver could not read it at the start
+		if v.Fault() == "" && faults[uuid] != "" { // the driver cannot read it, or nothing can run on it
 			v.State, v.Reason = gpu.StateQuarantined, faults[uuid]
 		}
 		out = append(out, DeviceStatus{

@@ -279,5 +279,16 @@ func TestDevicesAreLookedAtBeforeAnAttemptIsAccepted(t *testing.T) {
 		if len(looked) != 2 || len(looked[0]) != 1 || looked[0][0] != w.devices[0].UUID {
 			t.Errorf("looked at %v", looked)
 		}
+		w.health.Unfit(w.devices[1].UUID, "its MIG mode changes")
+		if d := w.Devices()[1]; w.told() != "1 its MIG mode changes" || d.State != string(gpu.StateQuarantined) || d.Reason != "its MIG mode changes" {
+			t.Errorf("the dispatcher is told %q, people %+v", w.told(), d)
+		}
+		if r := w.Readings()[1]; r.Health != string(gpu.StateQuarantined) {
+			t.Errorf("metrics say %s", r.Health)
+		}
+		w.health.Unfit(w.devices[1].UUID, "")
+		if w.told() != "" {
+			t.Errorf("the dispatcher is told %q", w.told())
+		}
 	})
 }

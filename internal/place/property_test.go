@@ -296,6 +296,9 @@ func check(t fatal, in place.Input, r place.Result) {
 		if !w.Start.IsZero() && (w.Earliest.IsZero() || w.Start.Before(w.Earliest) || w.Latest.Before(w.Start)) || !w.Earliest.IsZero() && w.Earliest.Before(in.Now) {
 			t.Fatalf("%s starts at %+v", id, w)
 		}
+		if code := codeOf(w.Reason); w.Code != code {
+			t.Fatalf("%s waits as %s, but says %q", id, w.Code, w.Reason)
+		}
 		switch u := in.Users[j.User]; {
 		case strings.HasPrefix(w.Reason, "paused: "):
 			if u.Hold == "" {
@@ -443,4 +446,21 @@ func TestTheBestLinkedSetIsChosen(t *testing.T) {
 			}
 		}
 	})
+}
+
+// codeOf is the short word for a reason, by what it says.
+func codeOf(reason string) string {
+	switch {
+	case strings.HasPrefix(reason, "paused: "):
+		return "paused"
+	case strings.HasPrefix(reason, "quota: your job "):
+		return "behind_own"
+	case strings.HasPrefix(reason, "quota: "):
+		return "quota"
+	case strings.Contains(reason, " are being made free for it"), strings.Contains(reason, " are reserved for it"):
+		return "promised"
+	case strings.Contains(reason, " × "):
+		return "no_devices"
+	}
+	return "nowhere"
 }

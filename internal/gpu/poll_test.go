@@ -3,8 +3,10 @@ package gpu_test
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
-	"math"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -14,142 +16,256 @@ import (
 	"lorayard/internal/gpu"
 )
 
-// notes are what was logged, of several goroutines.
-type notes struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (n *notes) Write(p []byte) (int, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.text.Write(p)
-}
-
-func (n *notes) String() string {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.text.String()
-}
-
-// source is a driver by script.
-type source struct {
+// script is a driver that answers what a test has set.
+type script struct {
 	mu         sync.Mutex
-	uuids      []string
-	read       func(gpu.Tier, []gpu.Reading) error
+	readings   []gpu.Reading
+	details    map[string]gpu.Detail
+	err        error
 	generation int
 	reads      map[gpu.Tier]int
-	events     int
+	events     chan gpu.Fault
+	listens    int
 }
 
-func (s *source) Devices(context.Context) ([]gpu.Device, error) { return nil, nil }
-func (s *source) Versions() (driver, cuda string)               { return "580", "13.0" }
-func (s *source) Generation() int {
+func (s *script) Devices(context.Context) ([]gpu.Device, error) { return nil, nil }
+
+func (s *script) Versions() (driver, cuda string) { return "580", "13.0" }
+
+func (s *script) Read(_ context.Context, t gpu.Tier, dst []gpu.Reading) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reads[t]++
+	if errors.Is(s.err, gpu.ErrWedged) {
+		return s.err
+	}
+	copy(dst, s.readings)
+	return s.err
+}
+
+func (s *script) Details(_ context.Context, uuids []string) ([]gpu.Detail, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reads[gpu.Cold]++
+	var out []gpu.Detail
+	for _, u := range uuids {
+		if d, ok := s.details[u]; ok {
+			out = append(out, d)
+		}
+	}
+	return out, s.err
+}
+
+func (s *script) Generation() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.generation
 }
 
-// change changes the script while the driver is read.
-func (s *source) change(f func()) {
+func (s *script) Events(ctx context.Context, heard func(gpu.Fault)) error {
+	s.mu.Lock()
+	s.listens++
+	s.mu.Unlock()
+	for {
+		select {
+		case f, more := <-s.events:
+			if !more {
+				return errors.New("no more events")
+			}
+			heard(f)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func (s *script) set(f func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f()
 }
 
-func (s *source) Read(_ context.Context, t gpu.Tier, dst []gpu.Reading) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.reads[t]++
-	for i := range dst {
-		dst[i].MemoryUsed, dst[i].Energy = 0, float64(s.reads[gpu.Hot])
-	}
-	if s.read == nil {
-		return nil
-	}
-	return s.read(t, dst)
-}
-
-func (s *source) Details(context.Context, []string) ([]gpu.Detail, error) { return nil, nil }
-
-func (s *source) Events(ctx context.Context, heard func(gpu.Fault)) error {
-	s.events++
-	heard(gpu.Fault{UUID: s.uuids[0], XID: 79, Origin: gpu.FromEvent})
-	return errors.New("the set is gone")
-}
-
-func TestPoller(t *testing.T) {
+// polled runs f beside a poller over three devices, of which the last could not
+// be read at the start, in virtual time.
+func polled(t *testing.T, f func(t *testing.T, s *script, p *gpu.Poller, h *gpu.Health, l *gpu.Ledger, failures map[gpu.Tier]int)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		var said notes
-		log := slog.New(slog.NewTextHandler(&said, nil))
-		devices := gpu.Pretend(2, "H100-80GB", "host")
-		s := &source{uuids: []string{devices[0].UUID, devices[1].UUID}, reads: map[gpu.Tier]int{}, generation: 1}
-		health, err := gpu.OpenHealth(gpu.HealthConfig{Devices: devices, Ledger: gpu.NewLedger(devices), Log: log})
+		devices := gpu.Pretend(3, "H100", "host")
+		devices[2].Fault = "the driver gives no handle"
+		log := slog.New(slog.NewTextHandler(io.Discard, nil))
+		ledger := gpu.NewLedger(devices)
+		h, err := gpu.OpenHealth(gpu.HealthConfig{Devices: devices, Ledger: ledger, Log: log})
 		if err != nil {
 			t.Fatal(err)
 		}
-		polls := map[gpu.Tier]int{}
-		p := &gpu.Poller{Source: s, Health: health, Log: log, Polled: func(t gpu.Tier, _ time.Duration, err error) {
-			if err == nil {
-				polls[t]++
+		s := &script{reads: map[gpu.Tier]int{}, events: make(chan gpu.Fault), generation: 1, details: map[string]gpu.Detail{}}
+		for _, d := range devices {
+			s.readings = append(s.readings, gpu.BlankReading(d.UUID))
+			s.details[d.UUID] = gpu.Detail{UUID: d.UUID}
+		}
+		failures := map[gpu.Tier]int{}
+		p := &gpu.Poller{Source: s, Health: h, Log: log, Polled: func(tier gpu.Tier, _ time.Duration, err error) {
+			if err != nil {
+				failures[tier]++
 			}
 		}}
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() {
+			defer close(ended)
 			p.Run(ctx, devices)
-			close(ended)
 		}()
-		time.Sleep(30*time.Second + 500*time.Millisecond)
 		synctest.Wait()
-		if polls[gpu.Hot] != 31 || polls[gpu.Warm] != 3 || s.events != 3 {
-			t.Errorf("in half a minute: %v polls, events asked for %d times", polls, s.events)
-		}
-		if v := health.Verdict(s.uuids[0]); v.State != gpu.StateMissing {
-			t.Errorf("after an event: %+v", v)
-		}
-		if n := strings.Count(said.String(), "no events"); n != 1 {
-			t.Errorf("said %d times that there are no events", n)
-		}
-
-		// A driver that is loaded anew counts from nothing; what operators see does not.
-		before := p.Snapshot().Devices[1].Energy
-		s.change(func() { s.reads[gpu.Hot], s.generation = 0, 2 })
-		time.Sleep(2 * time.Second)
-		synctest.Wait()
-		if now := p.Snapshot(); now.Devices[1].Energy != before+2 || now.Generation != 2 || now.Driver != "580" || !math.IsNaN(now.Devices[1].Power) {
-			t.Errorf("from %v to %+v", before, now)
-		}
-
-		// A call that hangs leaves the last readings, and is complained about once.
-		s.change(func() { s.read = func(gpu.Tier, []gpu.Reading) error { return gpu.ErrWedged } })
-		at := p.Snapshot().At
-		time.Sleep(20 * time.Second)
-		synctest.Wait()
-		if !p.Snapshot().At.Equal(at) || strings.Count(said.String(), gpu.ErrWedged.Error()) != 1 {
-			t.Errorf("readings of %v, not %v; said:\n%s", p.Snapshot().At, at, said.String())
-		}
-
-		// Foreign memory is seen by a poll and forgotten when it is gone.
-		s.change(func() {
-			s.read = func(_ gpu.Tier, dst []gpu.Reading) error {
-				dst[1].MemoryUsed = 9 << 30
-				return nil
-			}
-		})
-		time.Sleep(4 * time.Second)
-		synctest.Wait()
-		if v := health.Verdict(s.uuids[1]); v.State != gpu.StateForeign || !strings.Contains(v.Reason, "9.0 GiB") {
-			t.Errorf("%+v", v)
-		}
-		s.change(func() { s.read = nil })
-		time.Sleep(4 * time.Second)
-		synctest.Wait()
-		if v := health.Verdict(s.uuids[1]); v.State != gpu.StateOK {
-			t.Errorf("%+v", v)
-		}
+		f(t, s, p, h, ledger, failures)
 		stop()
 		<-ended
+	})
+}
+
+func pass(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+func TestTiersAreReadAsOftenAsTheyAreWorth(t *testing.T) {
+	polled(t, func(t *testing.T, s *script, _ *gpu.Poller, _ *gpu.Health, _ *gpu.Ledger, _ map[gpu.Tier]int) {
+		pass(60500 * time.Millisecond)
+		if want := map[gpu.Tier]int{gpu.Hot: 61, gpu.Warm: 5, gpu.Cold: 2}; !maps.Equal(s.reads, want) {
+			t.Errorf("%v, not %v", s.reads, want)
+		}
+	})
+}
+
+func TestADriverThatHangsTakesDevicesOutOfUseAndGivesThemBack(t *testing.T) {
+	polled(t, func(t *testing.T, s *script, p *gpu.Poller, _ *gpu.Health, l *gpu.Ledger, failures map[gpu.Tier]int) {
+		if n := len(l.Free()); n != 2 {
+			t.Fatalf("%d devices are free", n)
+		}
+		s.set(func() { s.err = gpu.ErrWedged })
+		pass(1500 * time.Millisecond)
+		before := p.Snapshot()
+		if n := len(l.Free()); n != 0 {
+			t.Errorf("%d devices are lent though nobody sees them", n)
+		}
+		pass(20 * time.Second)
+		if p.Snapshot() != before || failures[gpu.Hot] != 21 || failures[gpu.Warm] != 0 {
+			t.Errorf("what is asked of it: %v", failures)
+		}
+		s.set(func() { s.err = nil })
+		pass(time.Second)
+		if free := l.Free(); len(free) != 2 || !strings.Contains(slices.Collect(maps.Values(l.Faults()))[0], "no handle") {
+			t.Errorf("%v are free, %v", free, l.Faults())
+		}
+	})
+}
+
+func TestCountersClimbOverAReloadOfTheDriver(t *testing.T) {
+	polled(t, func(t *testing.T, s *script, p *gpu.Poller, _ *gpu.Health, _ *gpu.Ledger, _ map[gpu.Tier]int) {
+		energy := func(v float64) float64 {
+			s.set(func() { s.readings[0].Energy = v })
+			pass(time.Second)
+			return p.Snapshot().Devices[0].Energy
+		}
+		if v := energy(100); v != 100 {
+			t.Error(v)
+		}
+		s.set(func() { s.generation++ })
+		if v := energy(7); v != 107 {
+			t.Error(v)
+		}
+		if v := energy(8); v != 108 {
+			t.Error(v)
+		}
+		if v := p.Snapshot().Devices[0].Throttled[1]; v != 0 {
+			t.Error(v)
+		}
+		s.set(func() { s.readings[0].Reasons = 8 })
+		pass(5 * time.Second)
+		if v := p.Snapshot().Devices[0].Throttled[1]; v != 5 {
+			t.Errorf("slowed down for %v s", v)
+		}
+	})
+}
+
+func TestWhatKeepsAJobFromRunningIsSeenBeforeItBegins(t *testing.T) {
+	polled(t, func(t *testing.T, s *script, p *gpu.Poller, _ *gpu.Health, l *gpu.Ledger, _ map[gpu.Tier]int) {
+		a, b := s.readings[0].UUID, s.readings[1].UUID
+		if err := p.Preflight(t.Context(), []string{a, b}); err != nil {
+			t.Error(err)
+		}
+		s.set(func() { s.details[a] = gpu.Detail{UUID: a, ComputeMode: new(2)} })
+		var no *gpu.UnavailableError
+		if err := p.Preflight(t.Context(), []string{a, b}); !errors.As(err, &no) || no.Reasons[a] == "" || no.Reasons[b] != "" {
+			t.Error(err)
+		}
+		pass(time.Second) // what a look finds is told at once
+		if free := l.Free(); len(free) != 1 || free[0].UUID != b {
+			t.Errorf("free: %v", free)
+		}
+		s.set(func() {
+			s.details[a] = gpu.Detail{UUID: a, Fabric: &gpu.Fabric{}}
+		})
+		pass(5 * time.Second) // and looked for soon
+		if free := l.Free(); len(free) != 2 {
+			t.Errorf("free: %v", free)
+		}
+		if err := p.Preflight(t.Context(), []string{a}); err != nil {
+			t.Errorf("one device needs no fabric: %v", err)
+		}
+		if err := p.Preflight(t.Context(), []string{a, b}); !errors.As(err, &no) || len(no.Reasons) != 2 {
+			t.Error(err)
+		}
+		s.set(func() { s.err = errors.New("busy") })
+		if err := p.Preflight(t.Context(), []string{a, b}); err != nil {
+			t.Errorf("a look that fails keeps a job from running: %v", err)
+		}
+	})
+}
+
+func TestEventsReachTheJudge(t *testing.T) {
+	polled(t, func(t *testing.T, s *script, _ *gpu.Poller, h *gpu.Health, _ *gpu.Ledger, _ map[gpu.Tier]int) {
+		a := s.readings[0].UUID
+		s.events <- gpu.Fault{UUID: a, XID: 79, Origin: gpu.FromEvent}
+		synctest.Wait()
+		if v := h.Verdict(a); v.State != gpu.StateMissing {
+			t.Errorf("%+v", v)
+		}
+		pass(10 * time.Second)
+		old := s.events
+		s.set(func() { s.events = make(chan gpu.Fault) })
+		close(old) // the driver was loaded anew
+		pass(15500 * time.Millisecond)
+		s.events <- gpu.Fault{UUID: s.readings[1].UUID, XID: 79, Origin: gpu.FromEvent}
+		synctest.Wait()
+		if v := h.Verdict(s.readings[1].UUID); v.State != gpu.StateMissing || s.listens != 2 {
+			t.Errorf("%+v, listened %d times", v, s.listens)
+		}
+	})
+}
+
+func TestALostDeviceIsSeenByThePollAlone(t *testing.T) {
+	polled(t, func(t *testing.T, s *script, _ *gpu.Poller, h *gpu.Health, l *gpu.Ledger, _ map[gpu.Tier]int) {
+		s.set(func() { s.readings[1].Lost, s.err = true, errors.New("lost") })
+		pass(time.Second)
+		if v := h.Verdict(s.readings[1].UUID); v.State != gpu.StateMissing || len(l.Free()) != 1 {
+			t.Errorf("%+v, free %v", v, l.Free())
+		}
+	})
+}
+
+func TestForeignMemoryIsSeenAndForgotten(t *testing.T) {
+	polled(t, func(t *testing.T, s *script, _ *gpu.Poller, h *gpu.Health, _ *gpu.Ledger, _ map[gpu.Tier]int) {
+		uuid := s.readings[1].UUID
+		s.set(func() { s.readings[1].MemoryUsed = 9 << 30 })
+		pass(4 * time.Second)
+		if v := h.Verdict(uuid); v.State != gpu.StateForeign || !strings.Contains(v.Reason, "9.0 GiB") {
+			t.Errorf("%+v", v)
+		}
+		s.set(func() { s.readings[1].MemoryUsed = 0 })
+		pass(4 * time.Second)
+		if v := h.Verdict(uuid); v.State != gpu.StateOK {
+			t.Errorf("%+v", v)
+		}
 	})
 }
 

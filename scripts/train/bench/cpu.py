@@ -137,10 +137,10 @@ def trainer(raw: dict[str, Any], variant: str) -> dict[str, Any]:
     ends: list[float] = []
 
     class Watched(Trainer):
-        def training_step(self, model: Any, inputs: Any, *rest: Any) -> torch.Tensor:  # noqa: ANN401
+        def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> torch.Tensor:  # noqa: ANN401
             mask = inputs.get("attention_mask")
             tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
-            loss = super().training_step(model, inputs, *rest)
+            loss = super().training_step(model, inputs, *rest, **more)
             losses.append(loss.item())
             return loss
 
@@ -213,15 +213,15 @@ def ours(plan: dict[str, Any]) -> ground.Trained:
     """The trainer in a fork; the proof of the adapter is left out, it comes after the steps."""
 
     def work() -> int:
-        from lora_train import loop, reload, session, wire
         from lora_train import plan as plans
+        from lora_train import ranks, reload, session, wire
         from lora_train.stop import Stop
 
         one = plans.parse(plan)
         one.run_dir.mkdir(parents=True)
-        reload.prove = lambda plan, adapter, parts, expected, alive: expected
+        reload.prove = lambda *asked, **_: asked[3]
         emit = wire.Emitter(job=one.job, attempt=1, path=one.run_dir / "events.jsonl")
-        code = session.perform(session.Session(one, emit, Stop()), loop.run)
+        code = session.perform(session.Session(one, emit, Stop()), ranks.run)
         emit.close()
         return code
 
@@ -358,14 +358,14 @@ def measure(rounds: int, epochs: int, rows: int) -> dict[str, Any]:
             for v in VARIANTS if n % 2 == 0 else reversed(VARIANTS):
                 runs[v].append(run_variant(plan(f"{v}-{n}"), v))
                 print(f"round {n + 1}, {v}: {speed(runs[v][-1]):,.0f} tokens/s", file=sys.stderr)
-        ours = runs["ours"][0]
+        first = runs["ours"][0]
         for v in SAME_ORDER:  # otherwise the losses say nothing
-            assert runs[v][0]["tokens"] == ours["tokens"], v
-        at = min(10, len(ours["losses"])) - 1
+            assert runs[v][0]["tokens"] == first["tokens"], v
+        at = min(10, len(first["losses"])) - 1
         apart = {
             v: max(
                 abs(a - b) / abs(b)
-                for a, b in zip(runs[v][0]["losses"], ours["losses"], strict=True)
+                for a, b in zip(runs[v][0]["losses"], first["losses"], strict=True)
             )
             for v in SAME_ORDER
         }
@@ -377,8 +377,8 @@ def measure(rounds: int, epochs: int, rows: int) -> dict[str, Any]:
         return {
             "machine": ground.machine(),
             "rounds": rounds,
-            "steps": len(ours["losses"]),
-            "tokens_a_step": ground.median(ours["tokens"]),
+            "steps": len(first["losses"]),
+            "tokens_a_step": ground.median(first["tokens"]),
             "tokens_per_second": medians,
             "spread": {v: [min(map(speed, runs[v])), max(map(speed, runs[v]))] for v in VARIANTS},
             "loss_at_10": {v: runs[v][0]["losses"][at] for v in SAME_ORDER},

@@ -340,7 +340,7 @@ def run_trainer(
             s.wait()
             self.began = time.perf_counter()
 
-        def on_step_end(self, _a: Any, _s: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
             s.wait()
             times.append(time.perf_counter() - self.began)
             losses.append(sum(p.item() for p in parts))

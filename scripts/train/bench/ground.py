@@ -117,7 +117,11 @@ def toy_model(out: Path) -> None:
 
     tokenizer = demo_model.make_tokenizer(demo_model.texts_of(DEMO))
     torch.manual_seed(1)
+    ends: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")
+    }
     config = LlamaConfig(
+        **ends,
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -126,8 +130,6 @@ def toy_model(out: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(out)
     tokenizer.save_pretrained(out)

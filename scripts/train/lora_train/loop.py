@@ -728,9 +728,10 @@ class _Trainer:
 
     def _beside(self, outcome: dict[str, Any]) -> dict[str, bytes]:
         """What is told about the training beside its weights."""
-        svg, png = curve.draw(
-            self.history.points("sample", "loss"), self.history.points("eval", "validation_loss")
-        )
+        held, base = self.history.points("eval", "validation_loss"), self.state.base_validation_loss
+        if base is not None and math.isfinite(base):
+            held = [(0, base), *held]
+        svg, png = curve.draw(self.history.points("sample", "loss"), held)
         of_data = report.data_report(self.plan, self.data, self.epoch_tokens)
         fixed = {"optimizer": "adamw", "schedule": "cosine to a tenth", "clip_norm": CLIP}
         settings = report.training_args(self.plan, library_versions(), fixed)

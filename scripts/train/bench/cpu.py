@@ -61,7 +61,7 @@ def write_rows(path: Path, count: int, seed: int = 5) -> None:
     random = numpy.random.Generator(numpy.random.PCG64(seed))
     words = sorted({w for w in ground.DEMO.read_text().split() if w.isascii() and w.isalpha()})
     with path.open("w") as out:
-        for length in numpy.minimum(random.lognormal(numpy.log(110), 0.95, count), 700):
+        for length in numpy.minimum(random.lognormal(numpy.log(110), 0.95, count), 600):
             asked, answered = max(2, int(length * 0.6)), max(2, int(length * 0.4))
             text = [words[i] for i in random.integers(0, len(words), asked + answered)]
             turns = [("user", text[:asked]), ("assistant", text[asked:])]
@@ -105,6 +105,8 @@ def trainer(raw: dict[str, Any], variant: str) -> dict[str, Any]:
     renderer = render.Renderer(model.tokenizer_of(plan.base_model.path))
     ready = prepare.prepare(plan, examples, renderer, h.max_seq_length)
     rows = [c.whole() for c in ready.train]
+    # A smaller last step would shift the steps of the next epoch.
+    assert len(rows) % h.batch_size == 0, len(rows)
     order = [
         i
         for epoch in range(h.epochs)

@@ -117,7 +117,9 @@ def compared(plan: dict[str, Any], adapter: Path) -> dict[str, float]:
     held = [c.whole() for c in ready.held or ready.train]
     batch = [held[i] for i in reload.batch_of([len(s.tokens) for s in held])]
     base = AutoModelForCausalLM.from_pretrained(one.base_model.path, dtype=torch.float32)
-    forward = packing.Forward(PeftModel.from_pretrained(base, adapter).eval(), "cpu")
+    forward = packing.Forward(
+        PeftModel.from_pretrained(base, adapter, is_trainable=True).eval(), "cpu"
+    )
     if why := forward.use_packing(held):
         raise SystemExit(f"not packed: {why}")
     with torch.no_grad():

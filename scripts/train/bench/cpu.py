@@ -276,6 +276,7 @@ def event_seconds(where: Path, repeats: int = 2000) -> float:
         )  # fmt: skip
     spent = (time.perf_counter() - began) / repeats
     emit.close()
+    os.close(write)
     reader.wait()
     return spent
 

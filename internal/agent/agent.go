@@ -586,7 +586,9 @@ func (a *Agent) Ready() error {
 		return errors.New("not registered yet")
 	case a.drain.on() || a.stepAside:
 		return errors.New("draining")
-	case a.lastRenew != nil:
+	case a.lastRenew != nil && time.Since(a.inTouch) >= a.Config.Lease:
+		// Before that the lease is ours, and an accept may well get through: where
+		// connections are cut in step with renewals, none would ever be tried.
 		return fmt.Errorf("out of touch: %w", a.lastRenew)
 	}
 	return nil

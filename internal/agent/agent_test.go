@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -108,6 +109,44 @@ func TestATrainersTimeCountsFromTheLastRenewal(t *testing.T) {
 		<-h.begun
 		if d := h.deadline.Sub(last); d != outOfTouch {
 			t.Errorf("it may train for %v after the last renewal", d)
+		}
+		cancel()
+		<-done
+	})
+}
+
+// A renewal that fails is no reason to let a task lie: the lease is what counts.
+func TestTasksAreTakenForAsLongAsTheLeaseLasts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cut := errors.New("cut")
+		var away atomic.Bool
+		var answered atomic.Int64 // when a renewal last was
+		h := &host{renew: func() error {
+			if away.Load() {
+				return cut
+			}
+			answered.Store(time.Now().UnixNano())
+			return nil
+		}}
+		a := h.agent()
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- a.Run(ctx) }()
+		time.Sleep(1700 * time.Millisecond)
+		away.Store(true)
+		until := time.Unix(0, answered.Load()).Add(5 * time.Second)
+		time.Sleep(time.Until(until) - time.Millisecond)
+		if err := a.Ready(); err != nil {
+			t.Errorf("with the lease in hand: %v", err)
+		}
+		time.Sleep(2 * time.Millisecond)
+		if err := a.Ready(); !errors.Is(err, cut) {
+			t.Errorf("after the lease: %v", err)
+		}
+		away.Store(false)
+		time.Sleep(2 * time.Second)
+		if err := a.Ready(); err != nil {
+			t.Errorf("in touch again: %v", err)
 		}
 		cancel()
 		<-done

@@ -460,9 +460,7 @@ func TestPostgresIsCutAndSlow(t *testing.T) {
 	var cutter sync.WaitGroup
 	cutter.Go(func() {
 		for ctx.Err() == nil {
-			// A round of the same length as renewals and tasks that are sent again, a
-			// second, falls into step with them: then the agent is never ready when one comes.
-			cuts += proxy.CloseOneByOne(ctx, time.Duration(150+rand.IntN(200))*time.Millisecond)
+			cuts += proxy.CloseOneByOne(ctx, 150*time.Millisecond)
 			if proxy.ResetOne() {
 				cuts++
 			}

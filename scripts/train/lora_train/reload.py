@@ -141,7 +141,7 @@ def _wait(child: subprocess.Popen[bytes], alive: Callable[[], None], patience: f
 
 def measure(asked: dict[str, Any]) -> float:
     """The mean loss of an adapter directory on a batch; ValueError says what is wrong with it."""
-    quantised = quantise.settings(asked.get("quantisation", "none"), asked["device"])
+    quantised = quantise.settings(asked["quantisation"], asked["device"])
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -162,7 +162,7 @@ def measure(asked: dict[str, Any]) -> float:
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        dtype=torch.bfloat16 if asked.get("half", False) else torch.float32,
+        dtype=torch.bfloat16 if asked["half"] else torch.float32,
         **quantised,
     )
     quantise.settle(base)

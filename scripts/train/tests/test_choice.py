@@ -9,10 +9,17 @@ import pytest
 from conftest import DEMO, Played, make_plan, play
 from safetensors.torch import load_file
 
-from lora_train import choice, loop, verdict
+from lora_train import choice, loop
 from lora_train.stop import Preempted
 
-HYPER = {"dropout": 0.0, "epochs": 6, "batch_size": 8, "early_stopping_patience": 3}
+# So slow that the training loss is still falling where the training ends.
+HYPER = {
+    "learning_rate": 0.002,
+    "dropout": 0.0,
+    "epochs": 6,
+    "batch_size": 8,
+    "early_stopping_patience": 3,
+}
 
 
 def adapter(run: Played) -> dict[str, Any]:
@@ -42,12 +49,8 @@ def test_the_best_adapter_is_kept(
     assert end["epochs"] == evals[-1]["epoch"] < HYPER["epochs"]
     card = (Path(end["path"]) / "README.md").read_text()
     assert f"of step {evals[1]['step']}, where the validation loss was lowest" in card
-    # Judged by all of it, though what is kept is from before the rise.
-    points = [(e["step"], e["validation_loss"]) for e in evals]
-    losses = [(e["step"], e["loss"]) for e in run.of("sample")]
-    base = end["base_validation_loss"]
-    assert end["overfit"] == verdict.overfit(points, losses, base)
-    assert f"| overfit | {end['overfit']}" in card
+    # Training went on to learn by heart, though what is kept is from before that.
+    assert end["overfit"] == "yes" and "| overfit | yes" in card
 
     # It is the adapter of that step, also after a resume from a later one.
     at = evals[1]["step"]

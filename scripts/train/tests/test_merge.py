@@ -26,6 +26,7 @@ def merged(reference: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = json.loads((reference.dir / "plan.json").read_text())
     one = plan.parse({**raw, "merged": True, "merged_file_bytes": FILE_BYTES})
     asked = {"base": str(one.base_model.path), "adapter": str(adapter), "device": "cpu"}
+    asked |= {"half": False, "quantisation": "none"}
     parts = [{"tokens": p.tokens, "trained": p.trained} for p in PARTS]
     loss = reload.measure({**asked, "threads": 1, "parts": parts})
     files = merge.write(one, adapter, PARTS, loss)

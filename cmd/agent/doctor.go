@@ -39,12 +39,17 @@ type finding struct {
 func doctor(ctx context.Context, s settings, settingsErr error, w io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
+	// Once: a host without persistence mode wakes its GPUs at each opening.
+	h, openErr := openDevices(ctx, s)
+	if openErr == nil {
+		defer h.close()
+	}
 	findings := []finding{
 		{what: "settings", seen: "complete", err: settingsErr, todo: "see agent run --help and deploy/agent.env.example"},
 		{what: "host", seen: cpus()},
-		lookAtDriver(s),
-		lookAtDevices(ctx, s),
-		lookAtModes(ctx, s),
+		lookAtDriver(h),
+		lookAtDevices(h, openErr),
+		lookAtModes(ctx, h),
 		lookAtKernelLog(s),
 		lookAtCgroup(),
 		lookAtDisk(s),
@@ -83,9 +88,8 @@ func doctor(ctx context.Context, s settings, settingsErr error, w io.Writer) err
 	return nil
 }
 
-func lookAtDevices(ctx context.Context, s settings) finding {
+func lookAtDevices(h *host, err error) finding {
 	f := finding{what: "devices", todo: "install NVIDIA's driver (nvidia-smi must list the GPUs), or set PRETEND_GPUS for development"}
-	h, err := openDevices(ctx, s)
 	if err != nil {
 		f.err = err
 		if errors.Is(err, nvml.ErrUnavailable) {
@@ -93,7 +97,6 @@ func lookAtDevices(ctx context.Context, s settings) finding {
 		}
 		return f
 	}
-	defer h.close()
 	var names []string
 	for _, d := range h.list {
 		name := fmt.Sprintf("%d: %s (%s, %d GiB)", d.Index, d.Name, d.Class, d.MemoryBytes>>30)
@@ -110,22 +113,21 @@ func lookAtDevices(ctx context.Context, s settings) finding {
 	return f
 }
 
-// lookAtDriver says what the installed driver cannot tell.
-func lookAtDriver(s settings) finding {
-	f := finding{what: "driver", seen: "pretended", todo: "a driver of version 550 or newer tells all; with this one these things are not watched"}
-	if s.PretendGPUs > 0 {
+// lookAtDriver says what the installed driver cannot tell; h is nil when it
+// could not be opened.
+func lookAtDriver(h *host) finding {
+	f := finding{what: "driver", mild: true, todo: "a driver of version 550 or newer tells all; with this one these things are not watched"}
+	switch {
+	case h == nil:
+		f.seen = "not open" // why stands at the devices
+		return f
+	case h.driver == nil:
+		f.seen = "pretended"
 		return f
 	}
-	d, err := nvml.Open(nvml.Options{Path: s.GPULibrary})
-	if err != nil {
-		f.err, f.todo = err, "install NVIDIA's driver"
-		return f
-	}
-	defer d.Close()
-	version, cuda := d.Versions()
-	f.mild = true
+	version, cuda := h.driver.Versions()
 	f.seen = fmt.Sprintf("%s, CUDA %s", version, cuda)
-	if missing := d.Missing(); len(missing) > 0 {
+	if missing := h.driver.Missing(); len(missing) > 0 {
 		f.err = fmt.Errorf("driver %s does not tell all: its library has no %s", version, strings.Join(missing, ", "))
 	}
 	return f

@@ -10,17 +10,16 @@ import (
 // lookAtModes says what keeps jobs from running on a GPU, or makes them slow,
 // though it is well: compute and persistence mode, changes that wait for a reset,
 // memory without spare rows, the NVLink fabric.
-func lookAtModes(ctx context.Context, s settings) finding {
-	f := finding{what: "GPU modes", seen: "pretended", todo: "change what is named, on the host; the agent changes no mode"}
-	if s.PretendGPUs > 0 {
-		return f
-	}
-	h, err := openDevices(ctx, s)
-	if err != nil {
+func lookAtModes(ctx context.Context, h *host) finding {
+	f := finding{what: "GPU modes", todo: "change what is named, on the host; the agent changes no mode"}
+	switch {
+	case h == nil:
 		f.seen = "not known without a driver" // which is said already
 		return f
+	case h.driver == nil:
+		f.seen = "pretended"
+		return f
 	}
-	defer h.close()
 	f.seen = "nothing is in a job's way"
 	var said []string
 	usable := 0

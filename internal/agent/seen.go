@@ -11,24 +11,16 @@ import (
 
 // Readings tells of each device what it is, who holds it and how it is.
 func (a *Agent) Readings() []metrics.Device {
-	busy := map[string]bool{}
-	a.mu.Lock()
-	for _, h := range a.running {
-		for _, uuid := range h.as.Devices {
-			busy[uuid] = true
-		}
-	}
-	a.mu.Unlock()
-	health := map[string]string{}
+	stands := map[string]DeviceStatus{}
 	for _, d := range a.Devices() {
-		health[d.UUID] = d.State
+		stands[d.UUID] = d
 	}
 	out := make([]metrics.Device, len(a.Self.Devices))
 	for i, d := range a.Self.Devices {
 		out[i] = metrics.Blank()
 		r := &out[i]
-		r.UUID, r.Name, r.Class, r.Index, r.Busy, r.MemoryTotal = d.UUID, d.Name, d.Class, d.Index, busy[d.UUID], float64(d.MemoryBytes)
-		r.Health = health[d.UUID]
+		r.UUID, r.Name, r.Class, r.Index, r.Busy, r.MemoryTotal = d.UUID, d.Name, d.Class, d.Index, stands[d.UUID].Job != "", float64(d.MemoryBytes)
+		r.Health = stands[d.UUID].State
 		if a.Reading != nil {
 			a.Reading(r)
 		}
